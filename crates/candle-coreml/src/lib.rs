@@ -1,0 +1,1 @@
+//! Core ML models with Candle tensors.

@@ -1,0 +1,3 @@
+//! The `candle-coreml` command.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Language models packaged for Core ML.

@@ -1,0 +1,7 @@
+//! Core ML files to [`Program`] and back.
+
+pub mod description;
+pub mod program;
+
+pub use description::*;
+pub use program::*;
