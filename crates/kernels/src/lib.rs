@@ -1,1 +1,23 @@
 //! Numeric kernels on slices.
+//!
+//! Everything here works on strided [`View`](strided::View)s of plain numbers and on [`Weights`](weights::Weights) kept
+//! as a model stores them. Work is spread over a [`Pool`](pool::Pool). The crate knows no model format and no
+//! tensor library.
+
+pub mod attention;
+pub mod conv;
+pub mod copy;
+pub mod elementwise;
+pub mod gather;
+pub mod linear;
+mod loops;
+pub mod matmul;
+pub mod norm;
+pub mod pool;
+pub mod pooling;
+pub mod recurrent;
+pub mod reduce;
+pub mod rope;
+pub mod scratch;
+pub mod strided;
+pub mod weights;
