@@ -22,7 +22,7 @@ pub fn gather_rows(
     pool.run_ranges(indices.len(), (16384 / cols.max(1)).max(1), &|range| {
         let mut row = vec![0.0; cols];
         for i in range {
-            let Some(index) = wrap(indices[i], table.rows()) else {
+            let Some(index) = wrap_index(indices[i], table.rows()) else {
                 continue;
             };
             table.row(index, &mut row);
@@ -32,7 +32,9 @@ pub fn gather_rows(
             }
         }
     });
-    let outside = indices.iter().find(|index| wrap(**index, table.rows()).is_none());
+    let outside = indices
+        .iter()
+        .find(|index| wrap_index(**index, table.rows()).is_none());
     outside.map_or(Ok(()), |index| Err(*index))
 }
 
@@ -63,7 +65,7 @@ pub fn gather<T: Copy + Send + Sync>(
     let each: usize = inner.iter().product();
     pool.run_ranges(count, (16384 / each.max(1)).max(1), &|range| {
         for i in range {
-            let Some(row) = wrap(indices[i], rows) else {
+            let Some(row) = wrap_index(indices[i], rows) else {
                 continue;
             };
             let (to, from) = (py.at(i as isize * sy), px.at(row as isize * sx));
@@ -78,11 +80,12 @@ pub fn gather<T: Copy + Send + Sync>(
             });
         }
     });
-    let outside = indices.iter().find(|index| wrap(**index, rows).is_none());
+    let outside = indices.iter().find(|index| wrap_index(**index, rows).is_none());
     outside.map_or(Ok(()), |index| Err(*index))
 }
 
-fn wrap(index: i32, rows: usize) -> Option<usize> {
+/// A row number, negative ones counted from the end; none outside.
+pub fn wrap_index(index: i32, rows: usize) -> Option<usize> {
     let rows = i64::try_from(rows).ok()?;
     let index = i64::from(index);
     let index = if index < 0 { index + rows } else { index };

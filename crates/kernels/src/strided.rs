@@ -116,6 +116,16 @@ impl<'a, T> View<'a, T> {
         })
     }
 
+    /// Everything the view lies in.
+    pub fn data(&self) -> &'a [T] {
+        self.data
+    }
+
+    /// Index in the data of element `[0, 0, ..]`.
+    pub fn offset(&self) -> usize {
+        self.offset
+    }
+
     /// Length of each dimension, outermost first.
     pub fn shape(&self) -> &'a [usize] {
         self.shape
@@ -166,6 +176,16 @@ impl<'a, T> ViewMut<'a, T> {
             shape,
             strides,
         })
+    }
+
+    /// Everything the view lies in.
+    pub fn into_data(self) -> &'a mut [T] {
+        self.data
+    }
+
+    /// Index in the data of element `[0, 0, ..]`.
+    pub fn offset(&self) -> usize {
+        self.offset
     }
 
     /// Length of each dimension, outermost first.
