@@ -7,7 +7,8 @@ use crate::strided::{View, ViewMut};
 /// Rotates the halves of each vector: with `x = [x1, x2]` along the last axis,
 /// `y = [x1 * cos - x2 * sin, x2 * cos + x1 * sin]`.
 ///
-/// `x` and `y` are `[H, S, D]` (heads, positions, head size, even), `cos` and `sin` `[S, D / 2]`.
+/// `x` and `y` are `[H, S, D]` (heads, positions, head size, even), `cos` and `sin` `[S, D / 2]`, or `[S, D]` where the second
+/// half of the result takes factors of its own.
 ///
 /// # Panics
 /// When the shapes do not fit.
@@ -28,7 +29,7 @@ pub fn rotate_half(
         y.shape()
     );
     assert!(
-        cos.shape() == [positions, size / 2] && sin.shape() == cos.shape(),
+        (cos.shape() == [positions, size / 2] || cos.shape() == [positions, size]) && sin.shape() == cos.shape(),
         "rotate_half: cos and sin"
     );
     let (sx, sc, ss, sy) = (x.strides(), cos.strides(), sin.strides(), y.strides());
@@ -39,6 +40,7 @@ pub fn rotate_half(
         Shared(y.ptr()),
     );
     let half = (size / 2) as isize;
+    let upper = if cos.shape()[1] == size { half } else { 0 };
     pool.run_ranges(heads * positions, (16384 / size.max(1)).max(1), &|rows| {
         for row in rows {
             let (h, p) = ((row / positions) as isize, (row % positions) as isize);
@@ -47,9 +49,11 @@ pub fn rotate_half(
                 // SAFETY: every index is inside the shapes checked above, and one thread has this row of `y`.
                 unsafe {
                     let (cos, sin) = (*pc.at(p * sc[0] + d * sc[1]), *ps.at(p * ss[0] + d * ss[1]));
+                    let e = d + upper;
+                    let (cos2, sin2) = (*pc.at(p * sc[0] + e * sc[1]), *ps.at(p * ss[0] + e * ss[1]));
                     let (x1, x2) = (*px.at(x0 + d * sx[2]), *px.at(x0 + (d + half) * sx[2]));
                     *py.at(y0 + d * sy[2]) = x1 * cos - x2 * sin;
-                    *py.at(y0 + (d + half) * sy[2]) = x2 * cos + x1 * sin;
+                    *py.at(y0 + (d + half) * sy[2]) = x2 * cos2 + x1 * sin2;
                 }
             }
         }

@@ -34,6 +34,8 @@ pub struct Options {
     pub numerics: Numerics,
     /// Merge and rewrite operations; results stay within their tolerance.
     pub passes: bool,
+    /// Give fp16 outputs as 32-bit floats, not rounded: for models that feed each other.
+    pub wide_outputs: bool,
     /// Threads; the process's shared pool when absent.
     pub pool: Option<Arc<Pool>>,
 }
@@ -44,6 +46,7 @@ impl std::fmt::Debug for Options {
         f.debug_struct("Options")
             .field("numerics", &self.numerics)
             .field("passes", &self.passes)
+            .field("wide_outputs", &self.wide_outputs)
             .field("threads", &threads)
             .finish()
     }
@@ -329,7 +332,7 @@ impl Model {
         for slot in &plan.outputs {
             results.push((
                 slot.name.clone(),
-                workspace.read(&slot.operand, slot.dtype, &states)?,
+                workspace.read(&self.shared.pool, &slot.operand, slot.dtype, &states)?,
             ));
         }
         ready

@@ -56,6 +56,11 @@ pub trait Op: Any + Debug + Send + Sync {
         None
     }
 
+    /// Equal for operations that give equal results on equal inputs; `None` where that is not worth knowing.
+    fn key(&self) -> Option<String> {
+        None
+    }
+
     /// Computes the results.
     ///
     /// # Errors

@@ -94,7 +94,7 @@ impl Workspace {
     }
 
     /// Runs every step.
-    pub fn run(
+    pub(crate) fn run(
         &mut self,
         plan: &Plan,
         states: &mut [&mut StateBuffer],
@@ -106,7 +106,7 @@ impl Workspace {
                 self.round(step);
             }
             if let Some(observer) = options.observer.as_deref_mut() {
-                let read = |(o, d): (&Operand, &DType)| self.read(o, *d, states);
+                let read = |(o, d): (&Operand, &DType)| self.read(options.pool, o, *d, states);
                 let results = step
                     .outputs
                     .iter()
@@ -209,8 +209,9 @@ impl Workspace {
     }
 
     /// A copy of an operand's elements, as the type the file writes.
-    pub fn read(
+    pub(crate) fn read(
         &mut self,
+        pool: &Pool,
         operand: &Operand,
         dtype: DType,
         states: &[&mut StateBuffer],
@@ -237,13 +238,12 @@ impl Workspace {
         let shape = operand.layout.shape.to_vec();
         let layout = Layout::contiguous(&shape);
         let n = elements(&shape);
-        let pool = Pool::new(1);
         let data = match (view.ok_or_else(bad)?, dtype) {
-            (In::F32(v), DType::Fp16) => Buffer::F16(collect(&pool, v, &layout, n, f16::ZERO)?),
-            (In::F32(v), _) => Buffer::F32(collect(&pool, v, &layout, n, 0.0)?),
-            (In::F16(v), DType::Fp16) => Buffer::F16(collect(&pool, v, &layout, n, f16::ZERO)?),
-            (In::F16(v), _) => Buffer::F32(collect(&pool, v, &layout, n, 0.0)?),
-            (In::I32(v), _) => Buffer::I32(collect(&pool, v, &layout, n, 0)?),
+            (In::F32(v), DType::Fp16) => Buffer::F16(collect(pool, v, &layout, n, f16::ZERO)?),
+            (In::F32(v), _) => Buffer::F32(collect(pool, v, &layout, n, 0.0)?),
+            (In::F16(v), DType::Fp16) => Buffer::F16(collect(pool, v, &layout, n, f16::ZERO)?),
+            (In::F16(v), _) => Buffer::F32(collect(pool, v, &layout, n, 0.0)?),
+            (In::I32(v), _) => Buffer::I32(collect(pool, v, &layout, n, 0)?),
             (In::Result, _) => return Err(bad()),
         };
         Ok(OwnedArray { shape, data })

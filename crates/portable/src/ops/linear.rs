@@ -7,6 +7,7 @@ use crate::lower::OpCx;
 use crate::op::{Args, In, Op, OpSpec, Support, opt, req};
 use crate::ops::broadcast_shape;
 use candle_coreml_kernels::{self as kernels, Epilogue, Operand, Unary, Weights};
+use smallvec::SmallVec;
 use std::sync::Arc;
 
 /// `y[.., n] = act(sum_k x[.., k] * w[n, k] + bias[n]) (+ residual[.., n])`; the optional second input is the residual.
@@ -100,6 +101,83 @@ impl Op for Linear {
             residual,
         };
         kernels::linear(args.pool, x, &self.weights, y, &epilogue, args.scratch);
+        Ok(())
+    }
+}
+
+/// `act(x gateᵀ) * (x upᵀ)`: made by a pass.
+#[derive(Clone)]
+pub struct Gated {
+    /// `[n, k]`.
+    pub gate: Weights,
+    /// `[n, k]`.
+    pub up: Weights,
+    /// Applied to the gate's product.
+    pub activation: Unary,
+}
+
+impl std::fmt::Debug for Gated {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Gated[{}, {}]+{:?}", self.gate.rows(), self.gate.cols(), self.activation)
+    }
+}
+
+impl Op for Gated {
+    fn name(&self) -> &'static str {
+        "gated"
+    }
+
+    fn accepts(&self, _index: usize, layout: &Layout, storage: Storage) -> bool {
+        storage == Storage::F32 && as_matrix(layout).is_some()
+    }
+
+    fn run(&self, args: &mut Args<'_>) -> OpResult<()> {
+        let flat = "internal: a matrix view failed";
+        let x = args.f32(0)?;
+        let y = args.out_f32(0)?;
+        let lx = as_matrix(&layout_of(&x)).ok_or(flat)?;
+        let ly = as_matrix(&Layout { offset: y.offset(), shape: y.shape().into(), strides: y.strides().into() });
+        let ly = ly.ok_or(flat)?;
+        let x = kernels::View::new(x.data(), lx.offset, &lx.shape, &lx.strides).ok_or(flat)?;
+        let y = kernels::ViewMut::new(y.into_data(), ly.offset, &ly.shape, &ly.strides).ok_or(flat)?;
+        kernels::gated(args.pool, x, (&self.gate, &self.up), self.activation, y, args.scratch);
+        Ok(())
+    }
+}
+
+/// Several products of one input: made by a pass.
+#[derive(Debug, Clone)]
+pub struct LinearMany {
+    /// One a result; no activations.
+    pub layers: Vec<Linear>,
+}
+
+impl Op for LinearMany {
+    fn name(&self) -> &'static str {
+        "linear_many"
+    }
+
+    fn accepts(&self, _index: usize, layout: &Layout, storage: Storage) -> bool {
+        storage == Storage::F32 && as_matrix(layout).is_some()
+    }
+
+    fn run(&self, args: &mut Args<'_>) -> OpResult<()> {
+        let flat = "internal: a matrix view failed";
+        let x = args.f32(0)?;
+        let lx = as_matrix(&layout_of(&x)).ok_or(flat)?;
+        let rows = lx.shape[0];
+        let x = kernels::View::new(x.data(), lx.offset, &lx.shape, &lx.strides).ok_or(flat)?;
+        let layers: SmallVec<[(&Weights, Option<&[f32]>); 4]> =
+            self.layers.iter().map(|l| (&l.weights, l.bias.as_deref())).collect();
+        let sizes: SmallVec<[([usize; 2], [isize; 2]); 4]> =
+            layers.iter().map(|(w, _)| ([rows, w.rows()], [w.rows() as isize, 1])).collect();
+        let mut outputs: SmallVec<[kernels::ViewMut<'_, f32>; 4]> = SmallVec::new();
+        for (i, (shape, strides)) in sizes.iter().enumerate() {
+            let y = args.out_f32(i)?;
+            let offset = y.offset();
+            outputs.push(kernels::ViewMut::new(y.into_data(), offset, shape, strides).ok_or(flat)?);
+        }
+        kernels::linear_many(args.pool, x, &layers, &mut outputs, args.scratch);
         Ok(())
     }
 }

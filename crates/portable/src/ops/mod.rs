@@ -10,6 +10,7 @@ pub mod linear;
 pub mod normalization;
 pub mod recurrent;
 pub mod reduction;
+pub mod rotary;
 pub mod scatter_gather;
 pub mod states;
 pub mod tensor_operation;

@@ -54,6 +54,10 @@ impl Op for View {
         }
     }
 
+    fn key(&self) -> Option<String> {
+        Some(format!("{self:?}"))
+    }
+
     fn run(&self, _args: &mut Args<'_>) -> OpResult<()> {
         Err(OpError::new("internal: a view is never run"))
     }

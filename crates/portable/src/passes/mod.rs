@@ -1,10 +1,25 @@
 //! Rewrites of a graph. Each pass keeps results within the tolerance of the operations it touches.
 
+mod attention;
+mod linear;
+mod norm;
+mod rewrite;
+mod rotary;
+mod views;
+
 use crate::graph::Graph;
 
 /// All passes, in order.
 pub fn optimize(graph: Graph) -> Graph {
-    clean(graph)
+    let graph = views::simplify(clean(graph));
+    let graph = norm::rms_norm(graph);
+    let graph = norm::softmax(graph);
+    let graph = rotary::fuse(graph);
+    let graph = attention::fuse(graph);
+    let graph = views::simplify(graph);
+    let graph = views::simplify(views::sink(graph));
+    let graph = linear::epilogues(graph);
+    linear::share_input(views::simplify(graph))
 }
 
 /// Drops nodes whose results nobody reads.

@@ -1,0 +1,105 @@
+//! What surrounds a matrix product, done inside it: activation, residual, the gate of an MLP, products that share an input.
+
+use super::rewrite::{Rewriter, as_op, rewrite};
+use crate::graph::{Graph, Node, ValueId};
+use crate::ops::elementwise_binary::BinaryNode;
+use crate::ops::elementwise_unary::UnaryNode;
+use crate::ops::linear::{Gated, Linear, LinearMany};
+use candle_coreml_kernels::Binary;
+use smallvec::SmallVec;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// Takes activations and residuals into the products before them, and recognises gated MLPs.
+pub fn epilogues(graph: Graph) -> Graph {
+    let graph = rewrite(graph, |r, node| activation(r, node).is_some());
+    rewrite(graph, |r, node| gated(r, node).or_else(|| residual(r, node)).is_some())
+}
+
+/// `act(linear(x))`.
+fn activation(r: &mut Rewriter, node: &Node) -> Option<()> {
+    let act = as_op::<UnaryNode>(node)?.0;
+    let product = node.inputs[0];
+    let (linear, source) = r.find::<Linear>(product)?;
+    if linear.activation.is_some() || source.inputs.len() > 1 || !r.used_once(product) {
+        return None;
+    }
+    let (op, x) = (Linear { activation: Some(act), ..linear.clone() }, source.inputs[0]);
+    r.replace(node, Arc::new(op), &[x]);
+    Some(())
+}
+
+/// `act(x Wgᵀ) * (x Wuᵀ)`.
+fn gated(r: &mut Rewriter, node: &Node) -> Option<()> {
+    let BinaryNode(Binary::Mul) = as_op::<BinaryNode>(node)? else { return None };
+    let (a, b) = (node.inputs[0], node.inputs[1]);
+    gated_of(r, node, a, b).or_else(|| gated_of(r, node, b, a))
+}
+
+fn gated_of(r: &mut Rewriter, node: &Node, gate: ValueId, up: ValueId) -> Option<()> {
+    let (g, gate_node) = r.find::<Linear>(gate)?;
+    let (u, up_node) = r.find::<Linear>(up)?;
+    let activation = g.activation?;
+    let plain = g.bias.is_none() && u.bias.is_none() && u.activation.is_none();
+    let same = gate_node.inputs.as_slice() == up_node.inputs.as_slice() && gate_node.inputs.len() == 1;
+    let alone = r.used_once(gate) && r.used_once(up) && r.shape(gate) == r.shape(up);
+    if !plain || !same || !alone {
+        return None;
+    }
+    let op = Gated { gate: g.weights.clone(), up: u.weights.clone(), activation };
+    let x = gate_node.inputs[0];
+    r.replace(node, Arc::new(op), &[x]);
+    Some(())
+}
+
+/// `linear(x) + r`.
+fn residual(r: &mut Rewriter, node: &Node) -> Option<()> {
+    let BinaryNode(Binary::Add) = as_op::<BinaryNode>(node)? else { return None };
+    let (a, b) = (node.inputs[0], node.inputs[1]);
+    let out = r.shape(node.outputs[0]);
+    let fits = |product: ValueId, other: ValueId| {
+        r.find::<Linear>(product).is_some_and(|(_, n)| n.inputs.len() == 1)
+            && r.used_once(product)
+            && r.shape(product) == out
+            && r.shape(other) == out
+    };
+    let (product, other) = if fits(a, b) {
+        (a, b)
+    } else if fits(b, a) {
+        (b, a)
+    } else {
+        return None;
+    };
+    let (linear, source) = r.find::<Linear>(product)?;
+    let (op, x) = (linear.clone(), source.inputs[0]);
+    r.replace(node, Arc::new(op), &[x, other]);
+    Some(())
+}
+
+/// Runs plain products of one input together: one pass over the input, one start of the threads.
+pub fn share_input(mut graph: Graph) -> Graph {
+    let plain = |n: &Node| as_op::<Linear>(n).is_some_and(|l| l.activation.is_none() && n.inputs.len() == 1);
+    let mut groups: HashMap<ValueId, Vec<usize>> = HashMap::new();
+    for (i, node) in graph.nodes.iter().enumerate().filter(|(_, n)| plain(n)) {
+        groups.entry(node.inputs[0]).or_default().push(i);
+    }
+    let mut first: HashMap<usize, Node> = HashMap::new();
+    let mut gone = vec![false; graph.nodes.len()];
+    for (x, members) in groups.into_iter().filter(|(_, m)| m.len() > 1) {
+        let layers: Vec<Linear> = members.iter().filter_map(|&i| as_op::<Linear>(&graph.nodes[i]).cloned()).collect();
+        let outputs: SmallVec<_> = members.iter().flat_map(|&i| graph.nodes[i].outputs.clone()).collect();
+        let at = members[0];
+        members.iter().for_each(|&i| gone[i] = true);
+        let name = graph.nodes[at].name.clone();
+        first.insert(at, Node { name, op: Arc::new(LinearMany { layers }), inputs: smallvec::smallvec![x], outputs });
+    }
+    let nodes = std::mem::take(&mut graph.nodes);
+    for (i, node) in nodes.into_iter().enumerate() {
+        match first.remove(&i) {
+            Some(joined) => graph.nodes.push(joined),
+            None if gone[i] => {}
+            None => graph.nodes.push(node),
+        }
+    }
+    graph
+}

@@ -1,0 +1,136 @@
+//! RMS normalisation and softmax out of what converters spell them with.
+
+use super::rewrite::{Rewriter, as_op, rewrite};
+use crate::graph::{Graph, Node, ValueId};
+use crate::layout::Shape;
+use crate::ops::elementwise_binary::BinaryNode;
+use crate::ops::elementwise_unary::UnaryNode;
+use crate::ops::normalization::{LayerNorm, RmsNorm, Softmax};
+use crate::ops::reduction::ReduceNode;
+use crate::ops::tensor_operation::Concat;
+use crate::ops::view::View;
+use candle_coreml_kernels::{Binary, Reduce, Unary};
+use std::sync::Arc;
+
+/// Recognises RMS normalisation in three spellings, and takes up the multiplication with a weight that follows.
+pub fn rms_norm(graph: Graph) -> Graph {
+    let graph = rewrite(graph, |r, node| {
+        let found = doubled(r, node).or_else(|| spelled_out(r, node));
+        let Some((x, eps)) = found else { return false };
+        r.replace(node, Arc::new(RmsNorm { weight: None, eps }), &[x]);
+        true
+    });
+    rewrite(graph, |r, node| weighted(r, node).is_some())
+}
+
+/// `layer_norm(concat(x, -x))` with the first half kept: the mean of the doubled vector is 0 and its variance is mean(x²).
+fn doubled(r: &Rewriter, node: &Node) -> Option<(ValueId, f32)> {
+    let View::Slice { begin, step, size } = as_op::<View>(node)? else { return None };
+    let (norm, normed) = r.find::<LayerNorm>(node.inputs[0])?;
+    let (concat, joined) = r.find::<Concat>(normed.inputs[0])?;
+    let &[x, negative] = joined.inputs.as_slice() else { return None };
+    let shape = r.shape(x);
+    let first_half = begin.iter().all(|&b| b == 0) && step.iter().all(|&s| s == 1) && *size == shape;
+    let plain = norm.axes == 1 && norm.gamma.is_none() && norm.beta.is_none() && concat.axis + 1 == shape.len();
+    (first_half && plain && is_negative(r, negative, x)).then_some((x, norm.eps))
+}
+
+fn is_negative(r: &Rewriter, v: ValueId, x: ValueId) -> bool {
+    if let Some((UnaryNode(Unary::Neg), n)) = r.find::<UnaryNode>(v) {
+        return n.inputs[0] == x;
+    }
+    let Some((BinaryNode(Binary::Mul), n)) = r.find::<BinaryNode>(v) else { return false };
+    let (a, b) = (n.inputs[0], n.inputs[1]);
+    (a == x && r.scalar(b) == Some(-1.0)) || (b == x && r.scalar(a) == Some(-1.0))
+}
+
+/// `x * rsqrt(mean(x²) + eps)`, or `x / sqrt(mean(x²) + eps)`.
+fn spelled_out(r: &Rewriter, node: &Node) -> Option<(ValueId, f32)> {
+    let op = as_op::<BinaryNode>(node)?.0;
+    let (a, b) = (node.inputs[0], node.inputs[1]);
+    match op {
+        Binary::Mul => rms_of(r, a, b).or_else(|| rms_of(r, b, a)),
+        Binary::Div => {
+            let (UnaryNode(Unary::Sqrt), root) = r.find::<UnaryNode>(b)? else { return None };
+            mean_square(r, root.inputs[0], a).map(|eps| (a, eps))
+        }
+        _ => None,
+    }
+}
+
+fn rms_of(r: &Rewriter, x: ValueId, factor: ValueId) -> Option<(ValueId, f32)> {
+    let (UnaryNode(Unary::Rsqrt { eps }), root) = r.find::<UnaryNode>(factor)? else { return None };
+    mean_square(r, root.inputs[0], x).map(|inner| (x, inner + eps))
+}
+
+/// The epsilon of `mean(x²) + eps` over the last dimension.
+fn mean_square(r: &Rewriter, v: ValueId, x: ValueId) -> Option<f32> {
+    let (mean, eps) = match r.find::<BinaryNode>(v) {
+        Some((BinaryNode(Binary::Add), n)) => {
+            let (a, b) = (n.inputs[0], n.inputs[1]);
+            r.scalar(b).map(|e| (a, e)).or_else(|| r.scalar(a).map(|e| (b, e)))?
+        }
+        _ => (v, 0.0),
+    };
+    let (reduce, node) = r.find::<ReduceNode>(mean)?;
+    let last: Shape = smallvec::smallvec![r.shape(x).len().checked_sub(1)?];
+    if reduce.axes != last {
+        return None;
+    }
+    match reduce.kind {
+        Reduce::Mean => is_square(r, node.inputs[0], x).then_some(eps),
+        _ => None,
+    }
+}
+
+fn is_square(r: &Rewriter, v: ValueId, x: ValueId) -> bool {
+    if let Some((UnaryNode(Unary::Square), n)) = r.find::<UnaryNode>(v) {
+        return n.inputs[0] == x;
+    }
+    match r.find::<BinaryNode>(v) {
+        Some((BinaryNode(Binary::Mul), n)) => n.inputs.iter().all(|&i| i == x),
+        Some((BinaryNode(Binary::Pow), n)) => n.inputs[0] == x && r.scalar(n.inputs[1]) == Some(2.0),
+        _ => false,
+    }
+}
+
+fn weighted(r: &mut Rewriter, node: &Node) -> Option<()> {
+    let BinaryNode(Binary::Mul) = as_op::<BinaryNode>(node)? else { return None };
+    let (a, b) = (node.inputs[0], node.inputs[1]);
+    let (normed, weight) = if r.find::<RmsNorm>(a).is_some() { (a, b) } else { (b, a) };
+    let (norm, source) = r.find::<RmsNorm>(normed)?;
+    let shape = r.shape(normed);
+    let vector = r.vector(weight, *shape.last()?)?;
+    if norm.weight.is_some() || !r.used_once(normed) || r.shape(node.outputs[0]) != shape {
+        return None;
+    }
+    let (op, x) = (RmsNorm { weight: Some(vector), eps: norm.eps }, source.inputs[0]);
+    r.replace(node, Arc::new(op), &[x]);
+    Some(())
+}
+
+/// `exp(x - max(x)) / sum(exp(x - max(x)))` over the last dimension.
+pub fn softmax(graph: Graph) -> Graph {
+    rewrite(graph, |r, node| {
+        let Some(x) = spelled_softmax(r, node) else { return false };
+        r.replace(node, Arc::new(Softmax), &[x]);
+        true
+    })
+}
+
+fn spelled_softmax(r: &Rewriter, node: &Node) -> Option<ValueId> {
+    let BinaryNode(Binary::Div) = as_op::<BinaryNode>(node)? else { return None };
+    let (exp, sum) = (node.inputs[0], node.inputs[1]);
+    let over_last = |v: ValueId, kind: Reduce| {
+        let (op, n) = r.find::<ReduceNode>(v)?;
+        let rank = r.shape(n.inputs[0]).len();
+        (op.kind == kind && op.axes.as_slice() == [rank - 1]).then(|| n.inputs[0])
+    };
+    if over_last(sum, Reduce::Sum)? != exp {
+        return None;
+    }
+    let (UnaryNode(Unary::Exp), e) = r.find::<UnaryNode>(exp)? else { return None };
+    let (BinaryNode(Binary::Sub), s) = r.find::<BinaryNode>(e.inputs[0])? else { return None };
+    let x = s.inputs[0];
+    (over_last(s.inputs[1], Reduce::Max)? == x).then_some(x)
+}

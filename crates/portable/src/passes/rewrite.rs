@@ -1,0 +1,137 @@
+//! Walks a graph once and builds it anew, node by node, with a chance to replace each.
+
+use crate::graph::{Graph, Node, Source, ValueId};
+use crate::layout::Shape;
+use crate::op::Op;
+use crate::ops::view::View;
+use candle_coreml_mil::DType;
+use std::any::Any;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// The graph so far.
+pub struct Rewriter {
+    graph: Graph,
+    done: Vec<Node>,
+    by: HashMap<ValueId, usize>,
+    uses: Vec<u32>,
+    instead: HashMap<ValueId, ValueId>,
+}
+
+/// Rebuilds `graph`; `visit` gives true when it has dealt with the node itself (by [`Rewriter::replace`], [`Rewriter::alias`]).
+pub fn rewrite(mut graph: Graph, mut visit: impl FnMut(&mut Rewriter, &Node) -> bool) -> Graph {
+    let uses = graph.uses();
+    let nodes = std::mem::take(&mut graph.nodes);
+    let mut r = Rewriter { graph, done: Vec::with_capacity(nodes.len()), by: HashMap::new(), uses, instead: HashMap::new() };
+    for mut node in nodes {
+        for v in &mut node.inputs {
+            *v = r.current(*v);
+        }
+        if !visit(&mut r, &node) {
+            r.push(node);
+        }
+    }
+    r.finish()
+}
+
+impl Rewriter {
+    fn current(&self, v: ValueId) -> ValueId {
+        self.instead.get(&v).copied().unwrap_or(v)
+    }
+
+    fn push(&mut self, node: Node) {
+        for &o in &node.outputs {
+            self.by.insert(o, self.done.len());
+        }
+        self.done.push(node);
+    }
+
+    fn finish(mut self) -> Graph {
+        let instead = std::mem::take(&mut self.instead);
+        let current = |v: &mut ValueId| *v = instead.get(v).copied().unwrap_or(*v);
+        self.graph.outputs.iter_mut().for_each(|(_, v)| current(v));
+        self.graph.states.iter_mut().for_each(|s| current(&mut s.last));
+        self.graph.nodes = self.done;
+        super::clean(self.graph)
+    }
+
+    /// The node that gives a value.
+    pub fn producer(&self, v: ValueId) -> Option<&Node> {
+        self.by.get(&v).map(|&i| &self.done[i])
+    }
+
+    /// The node that gives a value, if its operation is a `T`.
+    pub fn find<T: Op>(&self, v: ValueId) -> Option<(&T, &Node)> {
+        let node = self.producer(v)?;
+        as_op::<T>(node).map(|op| (op, node))
+    }
+
+    /// Whether nothing but one node reads the value.
+    pub fn used_once(&self, v: ValueId) -> bool {
+        self.uses.get(v.0 as usize).copied() == Some(1)
+    }
+
+    /// Dimensions of a value.
+    pub fn shape(&self, v: ValueId) -> Shape {
+        self.graph.value(v).shape.clone()
+    }
+
+    /// Type of a value.
+    pub fn dtype(&self, v: ValueId) -> DType {
+        self.graph.value(v).dtype
+    }
+
+    /// The number a one-element constant holds.
+    pub fn scalar(&self, v: ValueId) -> Option<f32> {
+        self.graph.constant(v).and_then(|c| c.scalar())
+    }
+
+    /// The elements of a constant that is one vector along the last dimension, as a value of `len` elements.
+    pub fn vector(&self, v: ValueId, len: usize) -> Option<Arc<[f32]>> {
+        let c = self.graph.constant(v)?;
+        let flat = c.shape.last() == Some(&len) && c.shape.iter().rev().skip(1).all(|&d| d == 1);
+        flat.then(|| c.dense())
+    }
+
+    /// Adds a node of one result before the one being visited.
+    pub fn emit(&mut self, at: &Node, op: impl Op, inputs: &[ValueId], dtype: DType, shape: &[usize]) -> ValueId {
+        let id = self.graph.add_value(at.name.clone(), dtype, shape, Source::Node);
+        self.uses.push(inputs.len() as u32);
+        let node = Node {
+            name: at.name.clone(),
+            op: Arc::new(op),
+            inputs: inputs.into(),
+            outputs: smallvec::smallvec![id],
+        };
+        self.push(node);
+        id
+    }
+
+    /// A value under another shape of as many elements.
+    pub fn reshape(&mut self, at: &Node, v: ValueId, shape: &[usize]) -> ValueId {
+        if self.shape(v).as_slice() == shape {
+            return v;
+        }
+        let dtype = self.dtype(v);
+        self.emit(at, View::Reshape(shape.into()), &[v], dtype, shape)
+    }
+
+    /// Puts an operation with other inputs in the place of the node being visited.
+    pub fn replace(&mut self, node: &Node, op: Arc<dyn Op>, inputs: &[ValueId]) {
+        self.push(Node { op, inputs: inputs.into(), ..node.clone() });
+    }
+
+    /// Makes every later reader of the node's result read `v` instead.
+    pub fn alias(&mut self, node: &Node, v: ValueId) {
+        if let Some(&o) = node.outputs.first() {
+            self.uses[v.0 as usize] += self.uses[o.0 as usize].saturating_sub(1);
+            self.instead.insert(o, v);
+        }
+    }
+}
+
+/// The operation of a node as a `T`.
+pub fn as_op<T: Op>(node: &Node) -> Option<&T> {
+    let op: &dyn Any = &*node.op;
+    op.downcast_ref::<T>()
+}
