@@ -1,11 +1,29 @@
 //! Linear layers: activations times a stored weight matrix, with bias, activation and residual fused.
+//!
+//! Few tokens go vector by vector, reading the weights as stored; more go through the blocked product in `gemm`.
 
-use crate::elementwise::Unary;
+use crate::elementwise::{Unary, apply_slice};
+use crate::gemm::{Gemm, Rows, block_space, pack_panels, panel_width};
 use crate::loops::Shared;
+use crate::matvec::{self, Prepared};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
 use crate::strided::{View, ViewMut};
 use crate::weights::Weights;
+use std::ops::Range;
+
+/// Up to this many tokens are multiplied one by one.
+const FEW_TOKENS: usize = 4;
+
+/// Rows handled between two looks at the output.
+const ROW_BLOCK: usize = 64;
+
+/// Weight bytes a thread should read before a second one is worth waking.
+const CHUNK_BYTES: usize = 16 * 1024;
+
+/// Rows of weights decoded together, and tokens they are multiplied with, in the blocked product.
+const GEMM_ROWS: usize = 48;
+const GEMM_TOKENS: usize = 256;
 
 /// What happens to a result before it is stored: `activation(sum + bias) + residual`.
 #[derive(Debug, Clone, Copy, Default)]
@@ -18,7 +36,105 @@ pub struct Epilogue<'a> {
     pub residual: Option<View<'a, f32>>,
 }
 
+/// One weight matrix applied to the common input.
+#[derive(Debug, Clone, Copy)]
+struct Layer<'a> {
+    w: &'a Weights,
+    /// Multiplies the activated result.
+    up: Option<&'a Weights>,
+    bias: Option<&'a [f32]>,
+    activation: Option<Unary>,
+    residual: Option<(Shared<f32>, [isize; 2])>,
+    y: Shared<f32>,
+    steps: [isize; 2],
+}
+
+impl<'a> Layer<'a> {
+    fn new(w: &'a Weights, x: &View<'_, f32>, y: &mut ViewMut<'_, f32>, epilogue: &Epilogue<'a>) -> Self {
+        let (&[m, k], &[ym, n]) = (x.shape(), y.shape()) else {
+            panic!("a linear layer takes matrices")
+        };
+        assert!(
+            m == ym && k == w.cols() && n == w.rows(),
+            "linear: x is {m} x {k}, weights {} x {}, y {ym} x {n}",
+            w.rows(),
+            w.cols()
+        );
+        assert!(
+            epilogue.bias.is_none_or(|bias| bias.len() == n),
+            "linear: one bias per output"
+        );
+        let residual = epilogue.residual.map(|r| {
+            assert_eq!(r.shape(), [m, n], "linear: residual shape");
+            (Shared::of(r.ptr()), [r.strides()[0], r.strides()[1]])
+        });
+        let steps = [y.strides()[0], y.strides()[1]];
+        let (bias, activation) = (epilogue.bias, epilogue.activation);
+        Layer {
+            w,
+            up: None,
+            bias,
+            activation,
+            residual,
+            y: Shared(y.ptr()),
+            steps,
+        }
+    }
+
+    /// Adds the bias of row `row` and activates, for the sums of one row.
+    fn finish_row(&self, row: usize, sums: &mut [f32]) {
+        if let Some(bias) = self.bias {
+            sums.iter_mut().for_each(|sum| *sum += bias[row]);
+        }
+        if let Some(op) = self.activation {
+            apply_slice(op, sums);
+        }
+    }
+
+    /// Adds the biases of `rows` and activates, for one sum per row.
+    fn finish_token(&self, rows: Range<usize>, sums: &mut [f32]) {
+        if let Some(bias) = self.bias {
+            sums.iter_mut()
+                .zip(&bias[rows])
+                .for_each(|(sum, bias)| *sum += bias);
+        }
+        if let Some(op) = self.activation {
+            apply_slice(op, sums);
+        }
+    }
+
+    /// Adds the residual and stores `sums`, which are of rows `rows.start..` for token `token`.
+    ///
+    /// # Safety
+    /// `token` and the rows are inside the output, and no other thread has them.
+    unsafe fn store_token(&self, token: usize, first: usize, sums: impl Iterator<Item = f32>) {
+        let to = self
+            .y
+            .at(token as isize * self.steps[0] + first as isize * self.steps[1]);
+        match self.residual {
+            None => {
+                for (i, sum) in sums.enumerate() {
+                    // SAFETY: the caller's.
+                    unsafe { *to.wrapping_offset(i as isize * self.steps[1]) = sum };
+                }
+            }
+            Some((residual, steps)) => {
+                let from = residual.at(token as isize * steps[0] + first as isize * steps[1]);
+                for (i, sum) in sums.enumerate() {
+                    // SAFETY: the residual has the shape of the output.
+                    let sum = sum + unsafe { *from.wrapping_offset(i as isize * steps[1]) };
+                    // SAFETY: the caller's.
+                    unsafe { *to.wrapping_offset(i as isize * self.steps[1]) = sum };
+                }
+            }
+        }
+    }
+}
+
 /// `y[m, n] = activation(sum_k x[m, k] * w[n, k] + bias[n]) + residual[m, n]`.
+///
+/// Weights of 4- and 6-bit palettes are multiplied in 16-bit fixed point when `m` is small: an activation is then off
+/// by at most `2^-15` of the greatest magnitude among its 64 neighbours. Everything else is `f32`.
 ///
 /// # Panics
 /// When the shapes do not fit.
@@ -28,43 +144,14 @@ pub fn linear(
     w: &Weights,
     mut y: ViewMut<'_, f32>,
     epilogue: &Epilogue<'_>,
-    _scratch: &mut Scratch,
+    scratch: &mut Scratch,
 ) {
-    let (&[m, k], &[ym, n]) = (x.shape(), y.shape()) else {
-        panic!("a linear layer takes matrices")
-    };
-    assert!(
-        m == ym && k == w.cols() && n == w.rows(),
-        "linear: {m} x {k} by {} x {}",
-        w.rows(),
-        w.cols()
-    );
-    let (xs, ys) = ([x.strides()[0], x.strides()[1]], [y.strides()[0], y.strides()[1]]);
-    let (px, py) = (Shared::of(x.ptr()), Shared(y.ptr()));
-    let residual = epilogue
-        .residual
-        .map(|r| (Shared::of(r.ptr()), [r.strides()[0], r.strides()[1]]));
-    pool.run_ranges(n, 16, &|rows| {
-        let mut row = vec![0.0; k];
-        for r in rows {
-            w.row(r, &mut row);
-            for i in 0..m {
-                let mut sum = 0.0;
-                for (c, w) in row.iter().enumerate() {
-                    // SAFETY: `x` holds every index of its shape `[m, k]`.
-                    sum += w * unsafe { *px.at(i as isize * xs[0] + c as isize * xs[1]) };
-                }
-                sum += epilogue.bias.map_or(0.0, |bias| bias[r]);
-                sum = epilogue.activation.map_or(sum, |op| op.apply(sum));
-                if let Some((p, s)) = residual {
-                    // SAFETY: checked to have the shape `[m, n]`.
-                    sum += unsafe { *p.at(i as isize * s[0] + r as isize * s[1]) };
-                }
-                // SAFETY: `y` holds `[m, n]`, and each row of weights is one thread's.
-                unsafe { *py.at(i as isize * ys[0] + r as isize * ys[1]) = sum };
-            }
-        }
-    });
+    let layer = Layer::new(w, &x, &mut y, epilogue);
+    if x.shape()[0] <= FEW_TOKENS {
+        few(pool, x, &[layer], scratch);
+    } else {
+        many(pool, x, &[layer], scratch);
+    }
 }
 
 /// `y[m, n] = act(sum_k x[m, k] * gate[n, k]) * sum_k x[m, k] * up[n, k]`.
@@ -79,18 +166,23 @@ pub fn gated(
     mut y: ViewMut<'_, f32>,
     scratch: &mut Scratch,
 ) {
+    assert!(
+        up.rows() == gate.rows() && up.cols() == gate.cols(),
+        "gated: two matrices of one shape"
+    );
     let epilogue = Epilogue {
         activation: Some(act),
         ..Epilogue::default()
     };
-    linear(pool, x, gate, y.reborrow(), &epilogue, scratch);
-    let shape = [y.shape()[0], y.shape()[1]];
-    let strides = [shape[1] as isize, 1];
-    let mut other = vec![0.0; y.len()];
-    let view = ViewMut::new(&mut other, 0, &shape, &strides).expect("a dense view of its own buffer");
-    linear(pool, x, up, view, &Epilogue::default(), scratch);
-    let view = View::new(&other, 0, &shape, &strides).expect("a dense view of its own buffer");
-    crate::elementwise::binary_inplace(pool, crate::elementwise::Binary::Mul, y, view);
+    let layer = Layer {
+        up: Some(up),
+        ..Layer::new(gate, &x, &mut y, &epilogue)
+    };
+    if x.shape()[0] <= FEW_TOKENS {
+        few(pool, x, &[layer], scratch);
+    } else {
+        many(pool, x, &[layer], scratch);
+    }
 }
 
 /// Several linear layers on one `x`, dispatched together: `outputs[i] = x * layers[i].0^T + layers[i].1`.
@@ -105,17 +197,359 @@ pub fn linear_many(
     scratch: &mut Scratch,
 ) {
     assert_eq!(layers.len(), outputs.len(), "as many outputs as layers");
-    for ((weights, bias), y) in layers.iter().zip(outputs) {
-        linear(
-            pool,
-            x,
-            weights,
-            y.reborrow(),
-            &Epilogue {
-                bias: *bias,
-                ..Epilogue::default()
-            },
-            scratch,
-        );
+    /// Layers dispatched together at most; more go in turns.
+    const TOGETHER: usize = 8;
+    for (layers, outputs) in layers.chunks(TOGETHER).zip(outputs.chunks_mut(TOGETHER)) {
+        let mut parts: [Option<Layer<'_>>; TOGETHER] = [None; TOGETHER];
+        for ((part, (w, bias)), y) in parts.iter_mut().zip(layers).zip(outputs) {
+            *part = Some(Layer::new(
+                w,
+                &x,
+                y,
+                &Epilogue {
+                    bias: *bias,
+                    ..Epilogue::default()
+                },
+            ));
+        }
+        let Some(first) = parts[0] else { return };
+        let parts = parts.map(|part| part.unwrap_or(first));
+        if x.shape()[0] <= FEW_TOKENS {
+            few(pool, x, &parts[..layers.len()], scratch);
+        } else {
+            many(pool, x, &parts[..layers.len()], scratch);
+        }
+    }
+}
+
+/// Rows in a chunk of each layer, so that all layers together make enough chunks of a useful size.
+fn chunk_rows(pool: &Pool, layer: &Layer<'_>, tokens: usize, total_bytes: usize) -> usize {
+    let twice = if layer.up.is_some() { 2 } else { 1 };
+    let row_bytes = (layer.w.bytes() * twice / layer.w.rows().max(1)).max(1);
+    let least = (CHUNK_BYTES / tokens.max(1)).max(total_bytes / (pool.threads() * 8));
+    (least / row_bytes).max(1).next_multiple_of(8)
+}
+
+/// Each token by itself: matrix times vector.
+fn few(pool: &Pool, x: View<'_, f32>, layers: &[Layer<'_>], scratch: &mut Scratch) {
+    let [m, k] = [x.shape()[0], x.shape()[1]];
+    if m == 0 {
+        return;
+    }
+    let each = k.next_multiple_of(16) + matvec::prepared_len(k);
+    let mut space = scratch.f32(m * each);
+    let mut all: [&Weights; 16] = [layers[0].w; 16];
+    for (i, layer) in layers.iter().enumerate() {
+        all[2 * i] = layer.w;
+        all[2 * i + 1] = layer.up.unwrap_or(layer.w);
+    }
+    let empty: &[f32] = &[];
+    let mut tokens = [matvec::unprepared(empty); FEW_TOKENS];
+    for (i, token) in tokens.iter_mut().enumerate().take(m) {
+        let (row, rest) = space.split_at_mut(k.next_multiple_of(16));
+        let (prepared, rest) = rest.split_at_mut(matvec::prepared_len(k));
+        let row = &mut row[..k];
+        gather_row(&x, i, row);
+        *token = matvec::prepare(row, &all[..2 * layers.len()], prepared);
+        space = rest;
+    }
+    let bytes = |layer: &Layer<'_>| layer.w.bytes() + layer.up.map_or(0, Weights::bytes);
+    let total: usize = layers.iter().map(bytes).sum();
+    let mut ends = [0_usize; 8];
+    let mut chunks = 0;
+    for (end, layer) in ends.iter_mut().zip(layers) {
+        chunks += layer.w.rows().div_ceil(chunk_rows(pool, layer, m, total));
+        *end = chunks;
+    }
+    pool.run(chunks, &|chunk| {
+        let which = ends
+            .iter()
+            .position(|end| chunk < *end)
+            .expect("chunks were counted over the layers");
+        let layer = &layers[which];
+        let rows = chunk_rows(pool, layer, m, total);
+        let first = (chunk - if which == 0 { 0 } else { ends[which - 1] }) * rows;
+        few_rows(layer, &tokens[..m], first..(first + rows).min(layer.w.rows()));
+    });
+}
+
+fn gather_row(x: &View<'_, f32>, row: usize, out: &mut [f32]) {
+    let from = x.ptr().wrapping_offset(row as isize * x.strides()[0]);
+    let step = x.strides()[1];
+    for (i, out) in out.iter_mut().enumerate() {
+        // SAFETY: row and column are inside the view.
+        *out = unsafe { *from.wrapping_offset(i as isize * step) };
+    }
+}
+
+/// Rows `rows` of a layer for every token; the rows are this thread's.
+fn few_rows(layer: &Layer<'_>, tokens: &[Prepared<'_>], rows: Range<usize>) {
+    let (mut sums, mut ups) = ([0.0; ROW_BLOCK], [0.0; ROW_BLOCK]);
+    let mut start = rows.start;
+    while start < rows.end {
+        let block = start..(start + ROW_BLOCK).min(rows.end);
+        for (token, x) in tokens.iter().enumerate() {
+            let sums = &mut sums[..block.len()];
+            matvec::dot(layer.w, x, block.clone(), sums);
+            layer.finish_token(block.clone(), sums);
+            if let Some(up) = layer.up {
+                let ups = &mut ups[..block.len()];
+                matvec::dot(up, x, block.clone(), ups);
+                sums.iter_mut().zip(ups).for_each(|(sum, up)| *sum *= *up);
+            }
+            // SAFETY: inside the output, and these rows belong to this thread.
+            unsafe { layer.store_token(token, start, sums.iter().copied()) };
+        }
+        start = block.end;
+    }
+}
+
+/// All tokens at once: the blocked product.
+fn many(pool: &Pool, x: View<'_, f32>, layers: &[Layer<'_>], scratch: &mut Scratch) {
+    let [m, k] = [x.shape()[0], x.shape()[1]];
+    let width = panel_width();
+    let panels = m.div_ceil(width);
+    let panels_each = (GEMM_TOKENS / width).min(panels).max(1);
+    let token_blocks = panels.div_ceil(panels_each);
+    let each = block_space(GEMM_ROWS) + 2 * GEMM_ROWS * panels_each * width;
+    let space = scratch.f32(panels * width * k + each * pool.threads());
+    let (packed, work) = space.split_at_mut(panels * width * k);
+    let (target, source) = (Shared(packed.as_mut_ptr()), Shared::of(x.ptr()));
+    let steps = [x.strides()[0], x.strides()[1]];
+    pool.run_ranges(panels, (16384 / (width * k).max(1)).max(1), &|range| {
+        let to = target.at((range.start * width * k) as isize);
+        // SAFETY: the panels of `range` are this thread's part of `packed`.
+        let to = unsafe { std::slice::from_raw_parts_mut(to, range.len() * width * k) };
+        // SAFETY: `x` holds `[m, k]`.
+        unsafe { pack_panels(source, steps, m, k, range, to) };
+    });
+    let packed = &*packed;
+    let work = Shared(work.as_mut_ptr());
+    let mut ends = [0_usize; 8];
+    let mut chunks = 0;
+    for (end, layer) in ends.iter_mut().zip(layers) {
+        chunks += layer.w.rows().div_ceil(GEMM_ROWS) * token_blocks;
+        *end = chunks;
+    }
+    pool.run_indexed(chunks, &|worker, chunk| {
+        let which = ends
+            .iter()
+            .position(|end| chunk < *end)
+            .expect("chunks were counted over the layers");
+        let layer = &layers[which];
+        let chunk = chunk - if which == 0 { 0 } else { ends[which - 1] };
+        let first = chunk / token_blocks * GEMM_ROWS;
+        let rows = first..(first + GEMM_ROWS).min(layer.w.rows());
+        let start = chunk % token_blocks * panels_each;
+        let range = start..(start + panels_each).min(panels);
+        // SAFETY: each worker has its own part of `work`.
+        let work = unsafe { std::slice::from_raw_parts_mut(work.at((worker * each) as isize), each) };
+        many_rows(layer, packed, (m, k), rows, range, work);
+    });
+}
+
+/// Rows `rows` of a layer for the tokens of panels `panels`, which are this thread's.
+fn many_rows(
+    layer: &Layer<'_>,
+    packed: &[f32],
+    (m, k): (usize, usize),
+    rows: Range<usize>,
+    panels: Range<usize>,
+    work: &mut [f32],
+) {
+    let width = panel_width();
+    let line = panels.len() * width;
+    let (space, sums) = work.split_at_mut(block_space(GEMM_ROWS));
+    let (sums, ups) = sums.split_at_mut(sums.len() / 2);
+    let first = panels.start * width;
+    let count = line.min(m - first);
+    // SAFETY: the rows of a weight matrix have its columns, `k` of them.
+    unsafe {
+        Gemm {
+            panels: packed,
+            k,
+            rows: Rows::of(layer.w),
+        }
+        .block(rows.clone(), panels.clone(), sums, space)
+    };
+    for (row, sums) in rows.clone().zip(sums.chunks_exact_mut(line)) {
+        layer.finish_row(row, &mut sums[..count]);
+    }
+    if let Some(up) = layer.up {
+        // SAFETY: as above; `up` has the shape of `w`.
+        unsafe {
+            Gemm {
+                panels: packed,
+                k,
+                rows: Rows::of(up),
+            }
+            .block(rows.clone(), panels, ups, space)
+        };
+        let used = rows.len() * line;
+        sums[..used]
+            .iter_mut()
+            .zip(&ups[..used])
+            .for_each(|(sum, up)| *sum *= up);
+    }
+    for token in 0..count {
+        let column = (0..rows.len()).map(|row| sums[row * line + token]);
+        // SAFETY: inside the output; these rows and tokens belong to this thread.
+        unsafe { layer.store_token(first + token, rows.start, column) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::matvec::tests::random;
+    use crate::strided::dense_strides;
+    use half::f16;
+    use proptest::prelude::*;
+
+    fn weights(rows: usize, cols: usize, kind: usize, seed: &mut u64) -> Weights {
+        let data: Vec<f32> = (0..rows * cols).map(|_| random(seed)).collect();
+        let bytes: Vec<u8> = (0..rows * cols)
+            .map(|_| (random(seed) * 128.0 + 128.0) as u8)
+            .collect();
+        match kind {
+            0 => Weights::from_f32(rows, cols, bytemuck::cast_slice(&data).to_vec().into()),
+            1 => {
+                let data: Vec<f16> = data.into_iter().map(f16::from_f32).collect();
+                Weights::from_f16(rows, cols, bytemuck::cast_slice(&data).to_vec().into())
+            }
+            2 | 3 => {
+                let bits = if kind == 2 { 4 } else { 6 };
+                let table: Vec<f32> = (0..rows.div_ceil(8) << bits)
+                    .map(|_| f16::from_f32(random(seed)).to_f32())
+                    .collect();
+                let indices = bytes[..(rows * cols * bits as usize).div_ceil(8)].to_vec();
+                Weights::lut(rows, cols, bits, indices.into(), table, 8, cols)
+            }
+            4 => Weights::affine(
+                rows,
+                cols,
+                8,
+                true,
+                bytes.into(),
+                vec![0.01; rows],
+                Some(vec![3.0; rows]),
+                1,
+                cols,
+            ),
+            _ => {
+                let blocks = rows * cols.div_ceil(32);
+                let data = bytes[..(rows * cols).div_ceil(2)].to_vec();
+                Weights::affine(
+                    rows,
+                    cols,
+                    4,
+                    false,
+                    data.into(),
+                    vec![0.1; blocks],
+                    Some(vec![8.0; blocks]),
+                    1,
+                    32,
+                )
+            }
+        }
+        .unwrap()
+    }
+
+    fn product(x: &[f32], w: &Weights, i: usize, j: usize) -> f32 {
+        let mut row = vec![0.0; w.cols()];
+        w.row(j, &mut row);
+        let sum: f64 = row
+            .iter()
+            .zip(&x[i * w.cols()..])
+            .map(|(w, x)| f64::from(*w) * f64::from(*x))
+            .sum();
+        sum as f32
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(150))]
+        #[test]
+        fn layers_of_any_size_storage_and_layout_agree_with_the_definition(
+            m in 1_usize..40, n in 1_usize..120, k in 1_usize..330, kind in 0_usize..6, seed in any::<u64>(),
+            transposed in any::<bool>(), extras in 0_usize..4, threads in 1_usize..4,
+        ) {
+            let pool = Pool::new(threads);
+            let mut seed = seed;
+            let w = weights(n, k, kind, &mut seed);
+            let up = weights(n, k, kind, &mut seed);
+            let x: Vec<f32> = (0..m * k).map(|_| random(&mut seed)).collect();
+            let bias: Vec<f32> = (0..n).map(|_| random(&mut seed)).collect();
+            let residual: Vec<f32> = (0..m * n).map(|_| random(&mut seed)).collect();
+            let xt: Vec<f32> = (0..m * k).map(|at| x[at % m * k + at / m]).collect();
+            let shape = [m, k];
+            let (x_data, x_strides) = if transposed { (&xt, [1, m as isize]) } else { (&x, [k as isize, 1]) };
+            let view = View::new(x_data, 0, &shape, &x_strides).unwrap();
+            let out_shape = [m, n];
+            let out_strides = if transposed { [1, m as isize] } else { [n as isize, 1] };
+            let mut y = vec![f32::NAN; m * n];
+            let mut scratch = Scratch::new();
+            let dense = dense_strides(&out_shape);
+            let epilogue = Epilogue {
+                bias: (extras > 0).then_some(&bias[..]),
+                activation: (extras == 2).then_some(Unary::Silu),
+                residual: (extras > 1).then(|| View::new(&residual, 0, &out_shape, &dense[..2]).unwrap()),
+            };
+            let out = ViewMut::new(&mut y, 0, &out_shape, &out_strides).unwrap();
+            if extras == 3 {
+                gated(&pool, view, (&w, &up), Unary::Tanh, out, &mut scratch);
+            } else {
+                linear(&pool, view, &w, out, &epilogue, &mut scratch);
+            }
+            for i in 0..m {
+                for j in 0..n {
+                    let sum = product(&x, &w, i, j);
+                    let expected = match extras {
+                        0 => sum,
+                        1 => sum + bias[j],
+                        2 => Unary::Silu.apply(sum + bias[j]) + residual[i * n + j],
+                        _ => sum.tanh() * product(&x, &up, i, j),
+                    };
+                    let found = y[(i as isize * out_strides[0] + j as isize * out_strides[1]) as usize];
+                    // Fixed point with few tokens: 2^-15 a product, k of them, at the size of the other factor.
+                    let bound = 1e-4 * (1.0 + (k as f32).sqrt()) * (1.0 + sum.abs().sqrt());
+                    prop_assert!((found - expected).abs() < bound, "[{i}, {j}] {found} is not {expected}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn layers_together_give_what_they_give_alone() {
+        let pool = Pool::new(3);
+        let mut seed = 3;
+        for m in [1, 3, 9] {
+            let x: Vec<f32> = (0..m * 64).map(|_| random(&mut seed)).collect();
+            let x_shape = [m, 64];
+            let view = View::new(&x, 0, &x_shape, &[64, 1]).unwrap();
+            let all = [
+                weights(24, 64, 2, &mut seed),
+                weights(100, 64, 3, &mut seed),
+                weights(7, 64, 0, &mut seed),
+            ];
+            let bias = vec![0.25; 100];
+            let mut together: Vec<Vec<f32>> = all.iter().map(|w| vec![f32::NAN; m * w.rows()]).collect();
+            let shapes: Vec<[usize; 2]> = all.iter().map(|w| [m, w.rows()]).collect();
+            let strides: Vec<[isize; 2]> = all.iter().map(|w| [w.rows() as isize, 1]).collect();
+            let mut outputs: Vec<_> = (together.iter_mut().zip(&shapes).zip(&strides))
+                .map(|((y, shape), strides)| ViewMut::new(y, 0, shape, strides).unwrap())
+                .collect();
+            let layers = [(&all[0], None), (&all[1], Some(&bias[..])), (&all[2], None)];
+            linear_many(&pool, view, &layers, &mut outputs, &mut Scratch::new());
+            for (i, (w, bias)) in layers.into_iter().enumerate() {
+                let mut alone = vec![f32::NAN; m * w.rows()];
+                let out = ViewMut::new(&mut alone, 0, &shapes[i], &strides[i]).unwrap();
+                let epilogue = Epilogue {
+                    bias,
+                    ..Epilogue::default()
+                };
+                linear(&pool, view, w, out, &epilogue, &mut Scratch::new());
+                assert_eq!(alone, together[i], "{m} tokens, layer {i}");
+            }
+        }
     }
 }

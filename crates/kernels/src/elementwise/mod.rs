@@ -8,6 +8,11 @@ use crate::loops::{Nest, Shared};
 use crate::pool::Pool;
 use crate::strided::{View, ViewMut};
 
+/// `x = op(x)` on this thread.
+pub(crate) fn apply_slice(op: Unary, x: &mut [f32]) {
+    x.iter_mut().for_each(|x| *x = op.apply(*x));
+}
+
 /// `y = f(x)` for any element type.
 fn map1<A: Copy + Sync + Send, Y: Copy + Sync + Send>(
     pool: &Pool,

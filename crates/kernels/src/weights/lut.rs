@@ -13,6 +13,35 @@ pub(crate) struct Lut {
     pub row_group: usize,
     pub col_group: usize,
     pub col_groups: usize,
+    /// For kernels in fixed point, where this processor has one for the layout.
+    pub fixed: Option<FixedTables>,
+}
+
+/// Tables as 16-bit integers: per table the low bytes of its entries, then the high bytes; entry = integer * scale.
+#[derive(Debug)]
+#[allow(dead_code)] // not every architecture has the kernels
+pub(crate) struct FixedTables {
+    pub planes: Vec<u8>,
+    pub scales: Vec<f32>,
+}
+
+fn fix(table: &[f32], bits: u32, cols: usize, col_group: usize) -> Option<FixedTables> {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let whole_bytes = (cols * bits as usize).is_multiple_of(8);
+        let whole_blocks = col_group >= cols || col_group.is_multiple_of(crate::matvec::fixed::BLOCK);
+        let fits = matches!(bits, 4 | 6) && whole_bytes && whole_blocks && crate::simd::has_avx2();
+        if fits {
+            crate::matvec::fixed::fix_tables(table, bits)
+        } else {
+            None
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let _ = (table, bits, cols, col_group);
+        None
+    }
 }
 
 impl Lut {
@@ -45,7 +74,9 @@ impl Lut {
             tables.and_then(|tables| tables.checked_mul(1 << bits)),
             (rows, cols),
         )?;
+        let fixed = fix(&table, bits, cols, col_group);
         Ok(Lut {
+            fixed,
             cols,
             bits,
             indices,
@@ -77,7 +108,11 @@ impl Lut {
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.indices.len() + size_of_val(&self.table[..])
+        let fixed = self
+            .fixed
+            .as_ref()
+            .map_or(0, |fixed| fixed.planes.len() + size_of_val(&fixed.scales[..]));
+        self.indices.len() + size_of_val(&self.table[..]) + fixed
     }
 }
 

@@ -4,10 +4,12 @@ mod affine;
 mod lut;
 
 pub(crate) use affine::Affine;
-pub(crate) use lut::Lut;
+#[cfg_attr(not(target_arch = "x86_64"), allow(unused_imports))]
+pub(crate) use lut::{FixedTables, Lut};
 
 use bytes::Bytes;
 use half::f16;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// A matrix of `rows` (outputs, N) by `cols` (inputs, K), row-major. Clones share the data.
@@ -228,6 +230,13 @@ impl Weights {
             Storage::F16(data) => crate::copy::f16_to_f32(&data.f16()[start..start + out.len()], out),
             Storage::Lut(lut) => lut.decode(row, first, out),
             Storage::Affine(affine) => affine.decode(row, first, out),
+        }
+    }
+
+    /// Decodes columns `first..first + depth` of each row in `rows`, one after the other, into `out`.
+    pub(crate) fn decode_block(&self, rows: Range<usize>, first: usize, depth: usize, out: &mut [f32]) {
+        for (row, out) in rows.zip(out.chunks_exact_mut(depth)) {
+            self.decode(row, first, out);
         }
     }
 

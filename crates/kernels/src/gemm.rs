@@ -1,0 +1,306 @@
+//! The matrix product at the bottom of linear layers, attention and convolutions.
+//!
+//! One side, the *lanes* (tokens, or pixels), is packed into panels `[k][width]`, a vector or two wide. The other
+//! side, the *rows* (weights), is read along `k` as stored, or decoded along `k` into a small block, so compressed
+//! weights are unpacked once per block of lanes and never transposed. Results are `[row][lane]`.
+
+use crate::loops::Shared;
+use crate::simd::{Isa, Kernel, Simd, dispatch, isa};
+use crate::weights::{Storage, Weights};
+use std::ops::Range;
+
+/// Steps of `k` handled together: a panel of this depth stays in the first-level cache.
+const DEPTH: usize = 256;
+
+/// Rows of the innermost kernel.
+const ROWS: usize = 6;
+
+/// Lanes in a panel on this processor.
+pub(crate) fn panel_width() -> usize {
+    match isa() {
+        Isa::Avx512 => 32,
+        Isa::Avx2 => 16,
+        Isa::Neon | Isa::Portable => 8,
+    }
+}
+
+/// Where rows come from.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Rows<'a> {
+    /// `f32` rows, `stride` elements apart, dense along `k`.
+    Dense { first: Shared<f32>, stride: isize },
+    /// Decoded when needed.
+    Stored(&'a Weights),
+    /// Decoded when needed, from row and column `first` on.
+    Part {
+        weights: &'a Weights,
+        first: (usize, usize),
+    },
+}
+
+impl<'a> Rows<'a> {
+    /// The rows of `weights`, in place where they are `f32`.
+    pub(crate) fn of(weights: &'a Weights) -> Self {
+        match weights.storage() {
+            Storage::F32(data) => Rows::Dense {
+                first: Shared::of(data.f32().as_ptr()),
+                stride: weights.cols() as isize,
+            },
+            _ => Rows::Stored(weights),
+        }
+    }
+}
+
+/// A product of packed lanes and rows.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Gemm<'a> {
+    /// `[panel][k][width]`.
+    pub panels: &'a [f32],
+    pub k: usize,
+    pub rows: Rows<'a>,
+}
+
+/// Elements of working memory that [`Gemm::block`] needs for `rows` rows.
+pub(crate) fn block_space(rows: usize) -> usize {
+    rows * DEPTH
+}
+
+impl Gemm<'_> {
+    /// `c[row][lane] = sum_k` for `rows` and the lanes of `panels`; `c` is dense. `space` is [`block_space`].
+    ///
+    /// # Safety
+    /// Dense rows have `k` elements for every row in `rows`.
+    pub(crate) unsafe fn block(
+        &self,
+        rows: Range<usize>,
+        panels: Range<usize>,
+        c: &mut [f32],
+        space: &mut [f32],
+    ) {
+        let width = panel_width();
+        assert!(self.panels.len() >= panels.end * width * self.k, "gemm: panels");
+        assert!(c.len() >= rows.len() * panels.len() * width, "gemm: output");
+        assert!(space.len() >= block_space(rows.len()), "gemm: working memory");
+        if self.k == 0 {
+            return c[..rows.len() * panels.len() * width].fill(0.0);
+        }
+        let mut start = 0;
+        while start < self.k {
+            let depth = DEPTH.min(self.k - start);
+            let (first, stride) = match self.rows {
+                Rows::Dense { first, stride } => (
+                    first
+                        .at(rows.start as isize * stride + start as isize)
+                        .cast_const(),
+                    stride,
+                ),
+                Rows::Stored(weights) => {
+                    weights.decode_block(rows.clone(), start, depth, space);
+                    (space.as_ptr(), depth as isize)
+                }
+                Rows::Part { weights, first } => {
+                    let part = first.0 + rows.start..first.0 + rows.end;
+                    weights.decode_block(part, first.1 + start, depth, space);
+                    (space.as_ptr(), depth as isize)
+                }
+            };
+            dispatch(Block {
+                first,
+                stride,
+                rows: rows.len(),
+                panel: &self.panels[panels.start * width * self.k + start * width..],
+                panel_step: width * self.k,
+                panels: panels.len(),
+                depth,
+                add: start > 0,
+                c,
+            });
+            start += depth;
+        }
+    }
+}
+
+/// One step of depth of [`Gemm::block`].
+struct Block<'a> {
+    first: *const f32,
+    stride: isize,
+    rows: usize,
+    panel: &'a [f32],
+    panel_step: usize,
+    panels: usize,
+    depth: usize,
+    add: bool,
+    c: &'a mut [f32],
+}
+
+impl Kernel for Block<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let width = 2 * S::LANES;
+        let line = self.panels * width;
+        for p in 0..self.panels {
+            let panel = &self.panel[p * self.panel_step..][..self.depth * width];
+            let mut row = 0;
+            while row < self.rows {
+                let count = ROWS.min(self.rows - row);
+                let first = self.first.wrapping_offset(row as isize * self.stride);
+                let c = &mut self.c[row * line + p * width..];
+                assert!(c.len() >= (count - 1) * line + width, "gemm: output");
+                // SAFETY: `count` rows of `depth` elements lie at `first` (the caller of `Gemm::block`, or the
+                // decoded block), and the panel and the output were checked.
+                unsafe {
+                    match count {
+                        6 => tile::<S, 6>(s, panel, first, self.stride, self.add, c.as_mut_ptr(), line),
+                        5 => tile::<S, 5>(s, panel, first, self.stride, self.add, c.as_mut_ptr(), line),
+                        4 => tile::<S, 4>(s, panel, first, self.stride, self.add, c.as_mut_ptr(), line),
+                        3 => tile::<S, 3>(s, panel, first, self.stride, self.add, c.as_mut_ptr(), line),
+                        2 => tile::<S, 2>(s, panel, first, self.stride, self.add, c.as_mut_ptr(), line),
+                        _ => tile::<S, 1>(s, panel, first, self.stride, self.add, c.as_mut_ptr(), line),
+                    }
+                }
+                row += count;
+            }
+        }
+    }
+}
+
+/// `R` rows by one panel, two vectors wide, all sums in registers.
+///
+/// # Safety
+/// `R` rows of `panel.len() / (2 * LANES)` elements lie at `first`, `stride` apart; `R` lines of `2 * LANES` are
+/// writable at `c`, `line` apart.
+#[inline(always)]
+unsafe fn tile<S: Simd, const R: usize>(
+    s: S,
+    panel: &[f32],
+    first: *const f32,
+    stride: isize,
+    add: bool,
+    c: *mut f32,
+    line: usize,
+) {
+    let width = 2 * S::LANES;
+    let depth = panel.len() / width;
+    let mut sums = [[s.zero(); 2]; R];
+    let rows: [*const f32; R] = std::array::from_fn(|r| first.wrapping_offset(r as isize * stride));
+    let mut at = panel.as_ptr();
+    for k in 0..depth {
+        // SAFETY: step `k` of the panel, whose length was divided into steps.
+        let (x0, x1) = unsafe { (s.load(at), s.load(at.add(S::LANES))) };
+        at = at.wrapping_add(width);
+        for r in 0..R {
+            // SAFETY: element `k` of row `r`.
+            let w = s.splat(unsafe { *rows[r].add(k) });
+            sums[r][0] = s.fma(w, x0, sums[r][0]);
+            sums[r][1] = s.fma(w, x1, sums[r][1]);
+        }
+    }
+    for (r, sums) in sums.into_iter().enumerate() {
+        for (half, mut sum) in sums.into_iter().enumerate() {
+            let to = c.wrapping_add(r * line + half * S::LANES);
+            if add {
+                // SAFETY: a line of the output.
+                sum = s.add(sum, unsafe { s.load(to) });
+            }
+            // SAFETY: a line of the output.
+            unsafe { s.store(to, sum) };
+        }
+    }
+}
+
+/// Packs `lanes` lanes of `k` elements into panels, zeros behind the last lane. `x` is element `[lane, k]` at
+/// `lane * steps[0] + k * steps[1]`; `range` are the panels to fill in `panels`, which starts at the first of them.
+///
+/// # Safety
+/// `x` holds every such element.
+pub(crate) unsafe fn pack_panels(
+    x: Shared<f32>,
+    steps: [isize; 2],
+    lanes: usize,
+    k: usize,
+    range: Range<usize>,
+    panels: &mut [f32],
+) {
+    let width = panel_width();
+    for (p, panel) in range.zip(panels.chunks_exact_mut((width * k).max(1))) {
+        let first = p * width;
+        let count = width.min(lanes.saturating_sub(first));
+        for (j, line) in panel.chunks_exact_mut(width).enumerate() {
+            let from = x.at(first as isize * steps[0] + j as isize * steps[1]);
+            if steps[0] == 1 && count == width {
+                // SAFETY: `width` lanes side by side.
+                line.copy_from_slice(unsafe { std::slice::from_raw_parts(from, width) });
+                continue;
+            }
+            for (lane, value) in line.iter_mut().enumerate() {
+                let from = from.wrapping_offset(lane as isize * steps[0]);
+                // SAFETY: a lane that exists.
+                *value = if lane < count { unsafe { *from } } else { 0.0 };
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::matvec::tests::random;
+
+    #[test]
+    fn blocks_of_any_size_agree_with_the_definition() {
+        let mut seed = 7;
+        for (m, n, k) in [
+            (1_usize, 1_usize, 1_usize),
+            (17, 7, 5),
+            (33, 13, 300),
+            (16, 6, 256),
+            (5, 11, 513),
+            (40, 3, 0),
+        ] {
+            let x: Vec<f32> = (0..m * k).map(|_| random(&mut seed)).collect();
+            let w: Vec<f32> = (0..n * k).map(|_| random(&mut seed)).collect();
+            let width = panel_width();
+            let count = m.div_ceil(width);
+            let mut panels = vec![f32::NAN; count * width * k];
+            // SAFETY: `x` is `[m, k]`.
+            unsafe {
+                pack_panels(
+                    Shared::of(x.as_ptr()),
+                    [k as isize, 1],
+                    m,
+                    k,
+                    0..count,
+                    &mut panels,
+                )
+            };
+            let rows = Rows::Dense {
+                first: Shared::of(w.as_ptr()),
+                stride: k as isize,
+            };
+            let mut c = vec![f32::NAN; n * count * width];
+            let mut space = vec![0.0; block_space(n)];
+            // SAFETY: `w` is `[n, k]`.
+            unsafe {
+                Gemm {
+                    panels: &panels,
+                    k,
+                    rows,
+                }
+                .block(0..n, 0..count, &mut c, &mut space)
+            };
+            for i in 0..m {
+                for j in 0..n {
+                    let exact: f64 = (0..k)
+                        .map(|l| f64::from(x[i * k + l]) * f64::from(w[j * k + l]))
+                        .sum();
+                    let found = c[j * count * width + i];
+                    assert!(
+                        (f64::from(found) - exact).abs() < 1e-4,
+                        "[{m} {n} {k}] {i} {j}: {found} {exact}"
+                    );
+                }
+            }
+        }
+    }
+}

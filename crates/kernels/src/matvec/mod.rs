@@ -1,0 +1,363 @@
+//! Rows of a weight matrix times one vector.
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod fixed;
+
+use crate::simd::{Kernel, Simd, dispatch};
+use crate::weights::{Storage, Weights};
+use half::f16;
+use std::cell::RefCell;
+use std::ops::Range;
+
+thread_local! {
+    /// One decoded row, for storages that no kernel multiplies in place.
+    static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A vector prepared for every storage among the matrices it meets.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Prepared<'a> {
+    pub x: &'a [f32],
+    #[cfg(target_arch = "x86_64")]
+    pub nibbles: Option<fixed::FixedX<'a>>,
+    #[cfg(target_arch = "x86_64")]
+    pub sixes: Option<fixed::FixedX<'a>>,
+}
+
+/// `x` for storages that take it as it is.
+pub(crate) fn unprepared(x: &[f32]) -> Prepared<'_> {
+    Prepared {
+        x,
+        #[cfg(target_arch = "x86_64")]
+        nibbles: None,
+        #[cfg(target_arch = "x86_64")]
+        sixes: None,
+    }
+}
+
+/// Numbers of `f32` that [`prepare`] needs for a vector of `cols`.
+pub(crate) fn prepared_len(cols: usize) -> usize {
+    let blocks = cols.div_ceil(64);
+    // Per order: a scale and 64 halves a block, each part on a line of its own.
+    2 * (blocks.next_multiple_of(16) + blocks * 32)
+}
+
+/// Makes the forms of `x` that `weights` want, in `space`.
+pub(crate) fn prepare<'a>(x: &'a [f32], weights: &[&Weights], space: &'a mut [f32]) -> Prepared<'a> {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let wants = |bits: u32| {
+            weights
+                .iter()
+                .any(|w| matches!(w.storage(), Storage::Lut(lut) if lut.bits == bits && lut.fixed.is_some()))
+        };
+        let (first, second) = space.split_at_mut(space.len() / 2);
+        let nibbles = if wants(4) {
+            fix(x, fixed::Order::Nibbles, first)
+        } else {
+            None
+        };
+        let sixes = if wants(6) {
+            fix(x, fixed::Order::Sixes, second)
+        } else {
+            None
+        };
+        Prepared { x, nibbles, sixes }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let _ = (weights, space);
+        Prepared { x }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn fix<'a>(x: &[f32], order: fixed::Order, space: &'a mut [f32]) -> Option<fixed::FixedX<'a>> {
+    if !crate::simd::has_avx2() {
+        return None;
+    }
+    let blocks = x.len().div_ceil(fixed::BLOCK);
+    let (scales, values) = space.split_at_mut(blocks.next_multiple_of(16));
+    let values: &mut [i16] = bytemuck::cast_slice_mut(values);
+    // SAFETY: the instructions were found just now.
+    let finite = unsafe { fixed::quantise(x, order, scales, values) };
+    finite.then_some(fixed::FixedX { scales, values })
+}
+
+/// `out[i] = sum_k w[rows.start + i, k] * x[k]`.
+pub(crate) fn dot(w: &Weights, x: &Prepared<'_>, rows: Range<usize>, out: &mut [f32]) {
+    let cols = w.cols();
+    assert!(
+        rows.end <= w.rows() && out.len() == rows.len() && x.x.len() == cols,
+        "matvec: rows and columns"
+    );
+    match w.storage() {
+        Storage::F32(data) => {
+            dispatch(Dot {
+                w: &data.f32()[rows.start * cols..rows.end * cols],
+                x: x.x,
+                out,
+            });
+        }
+        Storage::F16(data) => {
+            dispatch(Dot {
+                w: &data.f16()[rows.start * cols..rows.end * cols],
+                x: x.x,
+                out,
+            });
+        }
+        #[cfg(target_arch = "x86_64")]
+        Storage::Lut(lut) if lut.bits == 4 && x.nibbles.is_some() && lut.fixed.is_some() => {
+            lut_dot::<4>(lut, x.nibbles, rows, out);
+        }
+        #[cfg(target_arch = "x86_64")]
+        Storage::Lut(lut) if lut.bits == 6 && x.sixes.is_some() && lut.fixed.is_some() => {
+            lut_dot::<6>(lut, x.sixes, rows, out);
+        }
+        _ => ROW.with_borrow_mut(|space| {
+            space.resize(cols, 0.0);
+            for (row, out) in rows.zip(out) {
+                w.decode(row, 0, space);
+                dispatch(Dot {
+                    w: space,
+                    x: x.x,
+                    out: std::slice::from_mut(out),
+                });
+            }
+        }),
+    }
+}
+
+/// Rows `rows` of a palettised matrix in fixed point, as many at once as share a table.
+#[cfg(target_arch = "x86_64")]
+fn lut_dot<const BITS: usize>(
+    lut: &crate::weights::Lut,
+    x: Option<fixed::FixedX<'_>>,
+    rows: Range<usize>,
+    out: &mut [f32],
+) {
+    let (Some(x), Some(tables)) = (x, lut.fixed.as_ref()) else {
+        return;
+    };
+    let stride = lut.cols * BITS / 8;
+    let entries = 2 << BITS;
+    out.fill(0.0);
+    for segment in 0..lut.col_groups {
+        let first = segment * lut.col_group;
+        let cols = lut.col_group.min(lut.cols - first);
+        let x = fixed::FixedX {
+            scales: &x.scales[first / fixed::BLOCK..],
+            values: &x.values[first / fixed::BLOCK * fixed::BLOCK..],
+        };
+        let mut row = rows.start;
+        while row < rows.end {
+            let group = row / lut.row_group;
+            let count = (rows.end - row).min((group + 1) * lut.row_group - row);
+            let table = group * lut.col_groups + segment;
+            let planes = &tables.planes[table * entries..(table + 1) * entries];
+            let bytes = &lut.indices[row * stride + first * BITS / 8..(row + count) * stride];
+            let scale = tables.scales[table];
+            let out = &mut out[row - rows.start..row - rows.start + count];
+            let mut done = 0;
+            while done < count {
+                let at = bytes[done * stride..].as_ptr();
+                // SAFETY: fixed tables exist only where AVX2 does and rows are whole bytes; `bytes` holds the rows up
+                // to `count`, from column `first` on; `x` was made for all columns of the matrix.
+                unsafe {
+                    if count - done >= 4 {
+                        let sums = fixed::dot_rows::<BITS, 4>(at, stride, cols, planes, x);
+                        out[done..done + 4]
+                            .iter_mut()
+                            .zip(sums)
+                            .for_each(|(out, sum)| *out += sum * scale);
+                        done += 4;
+                    } else {
+                        let [sum] = fixed::dot_rows::<BITS, 1>(at, stride, cols, planes, x);
+                        out[done] += sum * scale;
+                        done += 1;
+                    }
+                }
+            }
+            row += count;
+        }
+    }
+}
+
+/// A stored number that vectors are loaded from.
+pub(crate) trait Stored: Copy {
+    /// # Safety
+    /// `S::LANES` numbers are readable at `p`.
+    unsafe fn load<S: Simd>(s: S, p: *const Self) -> S::F;
+    fn widen(self) -> f32;
+}
+
+impl Stored for f32 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, p: *const Self) -> S::F {
+        // SAFETY: the caller's.
+        unsafe { s.load(p) }
+    }
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+}
+
+impl Stored for f16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, p: *const Self) -> S::F {
+        // SAFETY: the caller's.
+        unsafe { s.load_f16(p) }
+    }
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+/// `out[r] = w[r] . x`, rows of `w` one after the other.
+pub(crate) struct Dot<'a, T> {
+    pub w: &'a [T],
+    pub x: &'a [f32],
+    pub out: &'a mut [f32],
+}
+
+impl<T: Stored> Kernel for Dot<'_, T> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let cols = self.x.len();
+        assert_eq!(self.w.len(), cols * self.out.len(), "dot: rows and columns");
+        let mut row = 0;
+        while row + 4 <= self.out.len() {
+            let sums = dot_rows::<S, T, 4>(s, &self.w[row * cols..(row + 4) * cols], self.x);
+            self.out[row..row + 4].copy_from_slice(&sums);
+            row += 4;
+        }
+        while row < self.out.len() {
+            let [sum] = dot_rows::<S, T, 1>(s, &self.w[row * cols..(row + 1) * cols], self.x);
+            self.out[row] = sum;
+            row += 1;
+        }
+    }
+}
+
+#[inline(always)]
+fn dot_rows<S: Simd, T: Stored, const R: usize>(s: S, w: &[T], x: &[f32]) -> [f32; R] {
+    let cols = x.len();
+    assert_eq!(w.len(), R * cols, "dot: rows");
+    let mut sums = [[s.zero(); 2]; R];
+    let mut c = 0;
+    while c + 2 * S::LANES <= cols {
+        for half in 0..2 {
+            let at = c + half * S::LANES;
+            // SAFETY: `at + LANES` is not past `cols`.
+            let x = unsafe { s.load(x.as_ptr().add(at)) };
+            for r in 0..R {
+                // SAFETY: as above, in row `r`.
+                let w = unsafe { T::load(s, w.as_ptr().add(r * cols + at)) };
+                sums[r][half] = s.fma(w, x, sums[r][half]);
+            }
+        }
+        c += 2 * S::LANES;
+    }
+    std::array::from_fn(|r| {
+        let rest: f32 = (c..cols).map(|c| w[r * cols + c].widen() * x[c]).sum();
+        s.sum(s.add(sums[r][0], sums[r][1])) + rest
+    })
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    pub(crate) fn random(seed: &mut u64) -> f32 {
+        *seed = seed
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        ((*seed >> 40) as f32 / (1 << 24) as f32) * 2.0 - 1.0
+    }
+
+    fn lut(rows: usize, cols: usize, bits: u32, groups: (usize, usize), seed: &mut u64) -> Weights {
+        let tables = rows.div_ceil(groups.0) * cols.div_ceil(groups.1);
+        let indices: Vec<u8> = (0..(rows * cols * bits as usize).div_ceil(8))
+            .map(|_| (random(seed) * 128.0 + 128.0) as u8)
+            .collect();
+        let table = (0..tables << bits).map(|_| random(seed)).collect();
+        Weights::lut(rows, cols, bits, indices.into(), table, groups.0, groups.1).unwrap()
+    }
+
+    fn check(w: &Weights, seed: &mut u64, range: Range<usize>) {
+        let x: Vec<f32> = (0..w.cols()).map(|_| random(seed)).collect();
+        let mut space = vec![0.0; prepared_len(w.cols())];
+        let prepared = prepare(&x, &[w], &mut space);
+        let mut out = vec![f32::NAN; range.len()];
+        dot(w, &prepared, range.clone(), &mut out);
+        let mut row = vec![0.0; w.cols()];
+        for (r, out) in range.zip(out) {
+            w.row(r, &mut row);
+            let exact: f64 = row
+                .iter()
+                .zip(&x)
+                .map(|(w, x)| f64::from(*w) * f64::from(*x))
+                .sum();
+            let sizes: f64 = row.iter().map(|w| f64::from(w.abs())).sum();
+            let x_sizes: f64 = x.iter().map(|x| f64::from(x.abs())).sum();
+            // The bound stated at the top of `fixed`, all magnitudes being below 1, and the rounding of the sums.
+            let bound = sizes * 2f64.powi(-15) + x_sizes * 2f64.powi(-16) + 1e-5;
+            assert!(
+                (f64::from(out) - exact).abs() <= bound,
+                "row {r}: {out} is not {exact}"
+            );
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+        #[test]
+        fn every_storage_agrees_with_its_decoded_rows(
+            rows in 1_usize..40, cols in 1_usize..300, seed in any::<u64>(), start in 0_usize..5, kind in 0..6,
+            row_group in 1_usize..20, col_group in 1_usize..4,
+        ) {
+            let mut seed = seed;
+            let range = start.min(rows)..rows;
+            let w = match kind {
+                0 | 1 => {
+                    let data: Vec<f32> = (0..rows * cols).map(|_| random(&mut seed)).collect();
+                    if kind == 0 {
+                        Weights::from_f32(rows, cols, bytemuck::cast_slice(&data).to_vec().into()).unwrap()
+                    } else {
+                        let data: Vec<f16> = data.into_iter().map(f16::from_f32).collect();
+                        Weights::from_f16(rows, cols, bytemuck::cast_slice(&data).to_vec().into()).unwrap()
+                    }
+                }
+                2 => lut(rows, cols, 4, (row_group, cols), &mut seed),
+                3 => lut(rows, cols, 6, (row_group, cols), &mut seed),
+                4 => lut(rows, cols * 4, if row_group % 2 == 0 { 4 } else { 6 }, (row_group, 64 * col_group), &mut seed),
+                _ => lut(rows, cols, [1, 2, 3, 8][row_group % 4], (row_group, col_group * 7), &mut seed),
+            };
+            check(&w, &mut seed, range);
+        }
+    }
+
+    #[test]
+    fn an_infinite_activation_stays_infinite() {
+        let w = Weights::lut(
+            1,
+            64,
+            4,
+            vec![0x11; 32].into(),
+            (0..16).map(|i| i as f32).collect(),
+            1,
+            64,
+        )
+        .unwrap();
+        let mut x = vec![1.0; 64];
+        x[5] = f32::INFINITY;
+        let mut space = vec![0.0; prepared_len(64)];
+        let mut out = [0.0];
+        dot(&w, &prepare(&x, &[&w], &mut space), 0..1, &mut out);
+        assert_eq!(out[0], f32::INFINITY);
+    }
+}

@@ -1,0 +1,271 @@
+//! Vectors of `f32`, one trait for every instruction set, and the run-time choice between them.
+//!
+//! A kernel is written once, generic over [`Simd`]. The value of a `Simd` type is proof that the processor has the
+//! instructions: [`dispatch`] makes it after asking, and nothing else does.
+
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+pub(crate) use scalar::Scalar;
+
+use half::f16;
+
+/// Operations on vectors of [`Simd::LANES`] numbers. `min`, `max`: when a lane of either operand is NaN, the result
+/// is NaN or the second operand.
+#[allow(missing_docs)]
+pub(crate) trait Simd: Copy + Send + Sync + 'static {
+    const LANES: usize;
+    /// `LANES` numbers.
+    type F: Copy;
+    /// `LANES` 32-bit integers.
+    type I: Copy;
+    /// `LANES` truth values.
+    type M: Copy;
+
+    fn splat(self, x: f32) -> Self::F;
+    /// # Safety
+    /// `LANES` numbers are readable at `p`, which needs no alignment.
+    unsafe fn load(self, p: *const f32) -> Self::F;
+    /// # Safety
+    /// `LANES` numbers are writable at `p`, which needs no alignment.
+    unsafe fn store(self, p: *mut f32, x: Self::F);
+    /// # Safety
+    /// `LANES` numbers are readable at `p`, which needs no alignment.
+    unsafe fn load_f16(self, p: *const f16) -> Self::F;
+    /// Rounds to nearest even.
+    /// # Safety
+    /// `LANES` numbers are writable at `p`, which needs no alignment.
+    unsafe fn store_f16(self, p: *mut f16, x: Self::F);
+
+    fn add(self, a: Self::F, b: Self::F) -> Self::F;
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F;
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    fn div(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a * b + c`
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    fn min(self, a: Self::F, b: Self::F) -> Self::F;
+    fn max(self, a: Self::F, b: Self::F) -> Self::F;
+    fn sqrt(self, a: Self::F) -> Self::F;
+    fn floor(self, a: Self::F) -> Self::F;
+    fn ceil(self, a: Self::F) -> Self::F;
+    /// To the nearest integer, halves to even.
+    fn round(self, a: Self::F) -> Self::F;
+
+    fn lt(self, a: Self::F, b: Self::F) -> Self::M;
+    fn eq(self, a: Self::F, b: Self::F) -> Self::M;
+    /// `a` where `m` holds, else `b`.
+    fn select(self, m: Self::M, a: Self::F, b: Self::F) -> Self::F;
+    /// Whether `m` holds in any lane.
+    fn any(self, m: Self::M) -> bool;
+
+    fn int(self, x: i32) -> Self::I;
+    /// The nearest integers of numbers within their range.
+    fn to_int(self, x: Self::F) -> Self::I;
+    fn from_int(self, x: Self::I) -> Self::F;
+    fn bits(self, x: Self::F) -> Self::I;
+    fn from_bits(self, x: Self::I) -> Self::F;
+    fn int_add(self, a: Self::I, b: Self::I) -> Self::I;
+    fn int_sub(self, a: Self::I, b: Self::I) -> Self::I;
+    fn int_and(self, a: Self::I, b: Self::I) -> Self::I;
+    fn int_or(self, a: Self::I, b: Self::I) -> Self::I;
+    fn shl<const N: i32>(self, a: Self::I) -> Self::I;
+    /// With copies of the sign.
+    fn shr<const N: i32>(self, a: Self::I) -> Self::I;
+
+    fn sum(self, x: Self::F) -> f32;
+    fn largest(self, x: Self::F) -> f32;
+
+    #[inline(always)]
+    fn zero(self) -> Self::F {
+        self.splat(0.0)
+    }
+
+    #[inline(always)]
+    fn neg(self, x: Self::F) -> Self::F {
+        self.from_bits(self.int_sub(self.bits(x), self.int(i32::MIN)))
+    }
+
+    #[inline(always)]
+    fn abs(self, x: Self::F) -> Self::F {
+        self.from_bits(self.int_and(self.bits(x), self.int(i32::MAX)))
+    }
+
+    /// The magnitude of `x` with the sign of `sign`; `x` is not negative.
+    #[inline(always)]
+    fn with_sign(self, x: Self::F, sign: Self::F) -> Self::F {
+        let sign = self.int_and(self.bits(sign), self.int(i32::MIN));
+        self.from_bits(self.int_or(self.bits(x), sign))
+    }
+
+    /// `c - a * b`
+    #[inline(always)]
+    fn fnma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        self.fma(self.neg(a), b, c)
+    }
+
+    /// Calls `f` on every lane.
+    #[inline(always)]
+    fn lanes(self, x: Self::F, f: impl Fn(f32) -> f32) -> Self::F {
+        let mut buffer = [0.0; 16];
+        // SAFETY: no vector is longer than sixteen lanes.
+        unsafe { self.store(buffer.as_mut_ptr(), x) };
+        buffer[..Self::LANES].iter_mut().for_each(|x| *x = f(*x));
+        // SAFETY: as above.
+        unsafe { self.load(buffer.as_ptr()) }
+    }
+}
+
+/// A computation written for any instruction set. `run` must be `#[inline(always)]`, and so must what it calls with
+/// the token, for the instructions to be used.
+pub(crate) trait Kernel {
+    type Out;
+    fn run<S: Simd>(self, simd: S) -> Self::Out;
+}
+
+/// An instruction set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(dead_code)] // which of them are made depends on the architecture
+pub(crate) enum Isa {
+    Portable,
+    Avx2,
+    Avx512,
+    Neon,
+}
+
+/// The best instruction set of this processor.
+#[inline]
+pub(crate) fn isa() -> Isa {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") && has_avx2() {
+            return Isa::Avx512;
+        }
+        if has_avx2() {
+            return Isa::Avx2;
+        }
+    }
+    #[cfg(target_arch = "aarch64")]
+    if std::arch::is_aarch64_feature_detected!("neon") {
+        return Isa::Neon;
+    }
+    Isa::Portable
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline]
+pub(crate) fn has_avx2() -> bool {
+    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+}
+
+/// Runs `kernel` with the best instruction set of this processor.
+#[inline]
+pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Out {
+    match isa() {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `isa` found the instructions.
+        Isa::Avx512 => unsafe { x86::with_avx512(kernel) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `isa` found the instructions.
+        Isa::Avx2 => unsafe { x86::with_avx2(kernel) },
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: `isa` found the instructions.
+        Isa::Neon => unsafe { neon::with_neon(kernel) },
+        _ => kernel.run(Scalar),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every operation on fixed operands, as one list of numbers.
+    struct Everything;
+
+    impl Kernel for Everything {
+        type Out = Vec<Vec<f32>>;
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> Self::Out {
+            let numbers: Vec<f32> = (0..80).map(|i| (i as f32 - 20.0) * 0.37 + 0.011).collect();
+            let mut all = vec![Vec::new(); 26];
+            for at in (0..48).step_by(S::LANES) {
+                // SAFETY: 80 numbers, and no vector is longer than 16.
+                let (a, b, c) = unsafe {
+                    (
+                        s.load(&numbers[at]),
+                        s.load(&numbers[at + 7]),
+                        s.load(&numbers[at + 9]),
+                    )
+                };
+                let mask = s.lt(a, b);
+                let (ia, ib) = (s.to_int(a), s.to_int(b));
+                let results = [
+                    s.add(a, b),
+                    s.sub(a, b),
+                    s.mul(a, b),
+                    s.div(a, b),
+                    s.fma(a, b, c),
+                    s.fnma(a, b, c),
+                    s.min(a, c),
+                    s.max(a, c),
+                    s.sqrt(s.abs(a)),
+                    s.floor(a),
+                    s.ceil(a),
+                    s.round(a),
+                    s.select(mask, a, c),
+                    s.select(s.eq(a, a), b, c),
+                    s.from_int(ia),
+                    s.from_int(s.int_add(ia, ib)),
+                    s.from_int(s.int_sub(ia, ib)),
+                    s.from_int(s.int_and(ia, ib)),
+                    s.from_int(s.int_or(ia, ib)),
+                    s.from_int(s.shl::<3>(ia)),
+                    s.from_int(s.shr::<1>(ia)),
+                    s.neg(a),
+                    s.with_sign(s.abs(b), a),
+                    s.splat(if s.any(mask) { 1.0 } else { 0.0 }),
+                    s.lanes(a, |x| x * 2.0),
+                ];
+                for (n, result) in results.into_iter().enumerate() {
+                    let mut out = [0.0; 16];
+                    let mut half = [f16::ZERO; 16];
+                    // SAFETY: no vector is longer than 16.
+                    unsafe { s.store(out.as_mut_ptr(), result) };
+                    all[n].extend(&out[..S::LANES]);
+                    // SAFETY: as above.
+                    unsafe { s.store_f16(half.as_mut_ptr(), result) };
+                    // SAFETY: as above.
+                    let back = unsafe { s.load_f16(half.as_ptr()) };
+                    // SAFETY: as above.
+                    unsafe { s.store(out.as_mut_ptr(), back) };
+                    all[25].extend(&out[..S::LANES]);
+                    let sum: f32 = s.sum(result) - all[n][all[n].len() - S::LANES..].iter().sum::<f32>();
+                    assert!(sum.abs() < 1e-1, "sum {sum}");
+                    let largest = all[n][all[n].len() - S::LANES..]
+                        .iter()
+                        .copied()
+                        .fold(f32::MIN, f32::max);
+                    assert_eq!(s.largest(result), largest);
+                }
+            }
+            all[25].sort_by(f32::total_cmp);
+            all
+        }
+    }
+
+    #[test]
+    fn the_best_instruction_set_agrees_with_the_portable_one() {
+        let (best, portable) = (dispatch(Everything), Everything.run(Scalar));
+        for (n, (best, portable)) in best.iter().zip(&portable).enumerate() {
+            assert_eq!(best.len(), portable.len());
+            for (a, b) in best.iter().zip(portable) {
+                assert!(
+                    (a - b).abs() <= 1e-5 * b.abs().max(1.0),
+                    "operation {n}: {a} is not {b}"
+                );
+            }
+        }
+    }
+}

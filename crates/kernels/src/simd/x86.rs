@@ -1,0 +1,392 @@
+//! AVX2 with FMA and F16C, and AVX-512.
+
+use super::{Kernel, Simd};
+use half::f16;
+use std::arch::x86_64::*;
+
+/// Runs `kernel` with AVX2.
+///
+/// # Safety
+/// The processor has AVX2, FMA and F16C.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) unsafe fn with_avx2<K: Kernel>(kernel: K) -> K::Out {
+    kernel.run(Avx2(()))
+}
+
+/// Runs `kernel` with AVX-512.
+///
+/// # Safety
+/// The processor has AVX-512 F and BW, AVX2, FMA and F16C.
+#[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
+pub(super) unsafe fn with_avx512<K: Kernel>(kernel: K) -> K::Out {
+    kernel.run(Avx512(()))
+}
+
+/// Proof of AVX2, FMA and F16C.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Avx2(());
+
+impl Simd for Avx2 {
+    const LANES: usize = 8;
+    type F = __m256;
+    type I = __m256i;
+    type M = __m256;
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm256_set1_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn load(self, p: *const f32) -> Self::F {
+        // SAFETY: the caller's for the memory, the token's for the instructions.
+        unsafe { _mm256_loadu_ps(p) }
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32, x: Self::F) {
+        // SAFETY: the caller's for the memory, the token's for the instructions.
+        unsafe { _mm256_storeu_ps(p, x) }
+    }
+    #[inline(always)]
+    fn add(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm256_add_ps(a, b) }
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm256_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm256_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    fn div(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm256_div_ps(a, b) }
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm256_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    fn fnma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm256_fnmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    fn min(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm256_min_ps(a, b) }
+    }
+    #[inline(always)]
+    fn max(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm256_max_ps(a, b) }
+    }
+    #[inline(always)]
+    fn sqrt(self, a: Self::F) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm256_sqrt_ps(a) }
+    }
+    #[inline(always)]
+    fn int(self, x: i32) -> Self::I {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm256_set1_epi32(x) }
+    }
+    #[inline(always)]
+    fn to_int(self, x: Self::F) -> Self::I {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm256_cvtps_epi32(x) }
+    }
+    #[inline(always)]
+    fn from_int(self, x: Self::I) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm256_cvtepi32_ps(x) }
+    }
+    #[inline(always)]
+    fn bits(self, x: Self::F) -> Self::I {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm256_castps_si256(x) }
+    }
+    #[inline(always)]
+    fn from_bits(self, x: Self::I) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm256_castsi256_ps(x) }
+    }
+    #[inline(always)]
+    fn int_add(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm256_add_epi32(a, b) }
+    }
+    #[inline(always)]
+    fn int_sub(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm256_sub_epi32(a, b) }
+    }
+    #[inline(always)]
+    fn int_and(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm256_and_si256(a, b) }
+    }
+    #[inline(always)]
+    fn int_or(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm256_or_si256(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, p: *const f16) -> Self::F {
+        // SAFETY: the caller's for the memory, the token's for the instructions.
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(self, p: *mut f16, x: Self::F) {
+        // SAFETY: the caller's for the memory, the token's for the instructions.
+        unsafe { _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x)) }
+    }
+    #[inline(always)]
+    fn floor(self, a: Self::F) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm256_floor_ps(a) }
+    }
+    #[inline(always)]
+    fn ceil(self, a: Self::F) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm256_ceil_ps(a) }
+    }
+    #[inline(always)]
+    fn round(self, a: Self::F) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
+    }
+    #[inline(always)]
+    fn lt(self, a: Self::F, b: Self::F) -> Self::M {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm256_cmp_ps::<_CMP_LT_OQ>(a, b) }
+    }
+    #[inline(always)]
+    fn eq(self, a: Self::F, b: Self::F) -> Self::M {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm256_cmp_ps::<_CMP_EQ_OQ>(a, b) }
+    }
+    #[inline(always)]
+    fn select(self, m: Self::M, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm256_blendv_ps(b, a, m) }
+    }
+    #[inline(always)]
+    fn any(self, m: Self::M) -> bool {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm256_movemask_ps(m) != 0 }
+    }
+    #[inline(always)]
+    fn shl<const N: i32>(self, a: Self::I) -> Self::I {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm256_slli_epi32::<N>(a) }
+    }
+    #[inline(always)]
+    fn shr<const N: i32>(self, a: Self::I) -> Self::I {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm256_srai_epi32::<N>(a) }
+    }
+    #[inline(always)]
+    fn sum(self, x: Self::F) -> f32 {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe {
+            let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+            let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+            _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
+        }
+    }
+    #[inline(always)]
+    fn largest(self, x: Self::F) -> f32 {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe {
+            let x = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+            let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+            _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)))
+        }
+    }
+}
+
+/// Proof of AVX-512 F and BW, and of what [`Avx2`] proves.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Avx512(());
+
+impl Simd for Avx512 {
+    const LANES: usize = 16;
+    type F = __m512;
+    type I = __m512i;
+    type M = __mmask16;
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_set1_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn load(self, p: *const f32) -> Self::F {
+        // SAFETY: the caller's for the memory, the token's for the instructions.
+        unsafe { _mm512_loadu_ps(p) }
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32, x: Self::F) {
+        // SAFETY: the caller's for the memory, the token's for the instructions.
+        unsafe { _mm512_storeu_ps(p, x) }
+    }
+    #[inline(always)]
+    fn add(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    fn div(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_div_ps(a, b) }
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    fn fnma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_fnmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    fn min(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_min_ps(a, b) }
+    }
+    #[inline(always)]
+    fn max(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_max_ps(a, b) }
+    }
+    #[inline(always)]
+    fn sqrt(self, a: Self::F) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_sqrt_ps(a) }
+    }
+    #[inline(always)]
+    fn int(self, x: i32) -> Self::I {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_set1_epi32(x) }
+    }
+    #[inline(always)]
+    fn to_int(self, x: Self::F) -> Self::I {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_cvtps_epi32(x) }
+    }
+    #[inline(always)]
+    fn from_int(self, x: Self::I) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_cvtepi32_ps(x) }
+    }
+    #[inline(always)]
+    fn bits(self, x: Self::F) -> Self::I {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_castps_si512(x) }
+    }
+    #[inline(always)]
+    fn from_bits(self, x: Self::I) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_castsi512_ps(x) }
+    }
+    #[inline(always)]
+    fn int_add(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_add_epi32(a, b) }
+    }
+    #[inline(always)]
+    fn int_sub(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_sub_epi32(a, b) }
+    }
+    #[inline(always)]
+    fn int_and(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_and_si512(a, b) }
+    }
+    #[inline(always)]
+    fn int_or(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_or_si512(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, p: *const f16) -> Self::F {
+        // SAFETY: the caller's for the memory, the token's for the instructions.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(self, p: *mut f16, x: Self::F) {
+        // SAFETY: the caller's for the memory, the token's for the instructions.
+        unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x)) }
+    }
+    #[inline(always)]
+    fn floor(self, a: Self::F) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_roundscale_ps::<_MM_FROUND_TO_NEG_INF>(a) }
+    }
+    #[inline(always)]
+    fn ceil(self, a: Self::F) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_roundscale_ps::<_MM_FROUND_TO_POS_INF>(a) }
+    }
+    #[inline(always)]
+    fn round(self, a: Self::F) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_roundscale_ps::<_MM_FROUND_TO_NEAREST_INT>(a) }
+    }
+    #[inline(always)]
+    fn lt(self, a: Self::F, b: Self::F) -> Self::M {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b) }
+    }
+    #[inline(always)]
+    fn eq(self, a: Self::F, b: Self::F) -> Self::M {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(a, b) }
+    }
+    #[inline(always)]
+    fn select(self, m: Self::M, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_mask_blend_ps(m, b, a) }
+    }
+    #[inline(always)]
+    fn shl<const N: i32>(self, a: Self::I) -> Self::I {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_sllv_epi32(a, _mm512_set1_epi32(N)) }
+    }
+    #[inline(always)]
+    fn shr<const N: i32>(self, a: Self::I) -> Self::I {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_srav_epi32(a, _mm512_set1_epi32(N)) }
+    }
+    #[inline(always)]
+    fn sum(self, x: Self::F) -> f32 {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_reduce_add_ps(x) }
+    }
+    #[inline(always)]
+    fn largest(self, x: Self::F) -> f32 {
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_reduce_max_ps(x) }
+    }
+    #[inline(always)]
+    fn any(self, m: Self::M) -> bool {
+        m != 0
+    }
+}
