@@ -9,7 +9,10 @@ pub(crate) fn allows(default: &[usize], flexibility: &Flexibility, shape: &[usiz
         Flexibility::Enumerated(shapes) => shape == default || shapes.iter().any(|s| s == shape),
         Flexibility::Ranges(ranges) => {
             ranges.len() == shape.len()
-                && ranges.iter().zip(shape).all(|(&(low, high), &n)| n >= low && high.is_none_or(|h| n <= h))
+                && ranges
+                    .iter()
+                    .zip(shape)
+                    .all(|(&(low, high), &n)| n >= low && high.is_none_or(|h| n <= h))
         }
     }
 }
@@ -21,8 +24,14 @@ pub(crate) fn shapes(default: &[usize], flexibility: &Flexibility) -> String {
         Flexibility::Fixed => format!("{default:?}"),
         Flexibility::Enumerated(shapes) => {
             let listed = shapes.iter().any(|s| s == default) || default.is_empty();
-            let all = (!listed).then_some(default).into_iter().chain(shapes.iter().map(Vec::as_slice));
-            format!("one of {}", all.map(|s| format!("{s:?}")).collect::<Vec<_>>().join(", "))
+            let all = (!listed)
+                .then_some(default)
+                .into_iter()
+                .chain(shapes.iter().map(Vec::as_slice));
+            format!(
+                "one of {}",
+                all.map(|s| format!("{s:?}")).collect::<Vec<_>>().join(", ")
+            )
         }
         Flexibility::Ranges(ranges) => {
             let dims = ranges.iter().map(|&(low, high)| match high {
@@ -44,10 +53,16 @@ pub(crate) fn kind(ty: &FeatureType) -> String {
         FeatureType::Double => "a double".to_string(),
         FeatureType::String => "a string".to_string(),
         FeatureType::Dictionary { integer_keys } => {
-            format!("a dictionary with {} keys", if *integer_keys { "integer" } else { "string" })
+            format!(
+                "a dictionary with {} keys",
+                if *integer_keys { "integer" } else { "string" }
+            )
         }
         FeatureType::Sequence { integer_elements } => {
-            format!("a sequence of {}", if *integer_elements { "integers" } else { "strings" })
+            format!(
+                "a sequence of {}",
+                if *integer_elements { "integers" } else { "strings" }
+            )
         }
     }
 }
@@ -58,7 +73,11 @@ pub(crate) fn named(feature: &Feature) -> String {
 }
 
 fn array_kind(array: &ArrayDescription) -> String {
-    format!("a tensor {} {}", array.dtype, shapes(&array.shape, &array.flexibility))
+    format!(
+        "a tensor {} {}",
+        array.dtype,
+        shapes(&array.shape, &array.flexibility)
+    )
 }
 
 fn image_kind(image: &ImageDescription) -> String {
@@ -86,7 +105,13 @@ mod tests {
             (&[], Fixed, "any shape", &[5, 5], true),
             (&[1, 1], enumerated(), "one of [1, 1], [1, 64]", &[1, 64], true),
             (&[1, 1], enumerated(), "one of [1, 1], [1, 64]", &[1, 2], false),
-            (&[1, 7], enumerated(), "one of [1, 7], [1, 1], [1, 64]", &[1, 7], true),
+            (
+                &[1, 7],
+                enumerated(),
+                "one of [1, 7], [1, 1], [1, 64]",
+                &[1, 7],
+                true,
+            ),
             (&[], enumerated(), "one of [1, 1], [1, 64]", &[1, 1], true),
             (&[1, 1, 3], ranges(), "[1, 1..=512, 3..]", &[1, 512, 99], true),
             (&[1, 1, 3], ranges(), "[1, 1..=512, 3..]", &[1, 513, 3], false),
@@ -97,7 +122,11 @@ mod tests {
         ];
         for (default, flexibility, words, shape, allowed) in rows {
             assert_eq!(shapes(default, &flexibility), words);
-            assert_eq!(allows(default, &flexibility, shape), allowed, "{shape:?} in {words}");
+            assert_eq!(
+                allows(default, &flexibility, shape),
+                allowed,
+                "{shape:?} in {words}"
+            );
         }
     }
 }

@@ -54,9 +54,15 @@ impl Config {
     /// The notes are read from the shapes where these are fixed: the last dimension of the first input and of the output.
     pub fn from_function(function: &FunctionDescription) -> Self {
         let required = function.inputs.iter().filter(|f| !f.optional);
-        let output = function.outputs.iter().find(|f| f.name == "logits").or(function.outputs.first());
-        let mut config =
-            Config::new(required.map(|f| f.name.clone()), output.map_or("", |f| f.name.as_str()));
+        let output = function
+            .outputs
+            .iter()
+            .find(|f| f.name == "logits")
+            .or(function.outputs.first());
+        let mut config = Config::new(
+            required.map(|f| f.name.clone()),
+            output.map_or("", |f| f.name.as_str()),
+        );
         config.max_sequence_length = function.inputs.first().map_or(0, |f| last_dimension(&f.ty));
         config.vocab_size = output.map_or(0, |f| last_dimension(&f.ty));
         config
@@ -94,7 +100,10 @@ impl Config {
         }
         let outputs = names(&function.outputs);
         if !outputs.contains(&self.output_name) {
-            return Err(Error::UnknownOutput { name: self.output_name.clone(), allowed: outputs });
+            return Err(Error::UnknownOutput {
+                name: self.output_name.clone(),
+                allowed: outputs,
+            });
         }
         Ok(())
     }
@@ -103,7 +112,9 @@ impl Config {
 /// `input_ids` to `logits`, the notes those of a small language model.
 impl Default for Config {
     fn default() -> Self {
-        Config::new(["input_ids"], "logits").with_max_sequence_length(128).with_vocab_size(32_000)
+        Config::new(["input_ids"], "logits")
+            .with_max_sequence_length(128)
+            .with_vocab_size(32_000)
     }
 }
 
@@ -149,15 +160,27 @@ mod tests {
     #[test]
     fn names_the_function_lacks_are_refused() {
         let f = function();
-        assert!(matches!(Config::new(["x"], "logits").check(&f), Err(Error::UnknownInput { .. })));
-        assert!(matches!(Config::new(["ids"], "y").check(&f), Err(Error::UnknownOutput { .. })));
-        assert!(matches!(Config::new(["ids", "ids"], "logits").check(&f), Err(Error::DuplicateInput { .. })));
+        assert!(matches!(
+            Config::new(["x"], "logits").check(&f),
+            Err(Error::UnknownInput { .. })
+        ));
+        assert!(matches!(
+            Config::new(["ids"], "y").check(&f),
+            Err(Error::UnknownOutput { .. })
+        ));
+        assert!(matches!(
+            Config::new(["ids", "ids"], "logits").check(&f),
+            Err(Error::DuplicateInput { .. })
+        ));
     }
 
     #[test]
     fn the_defaults_are_those_of_the_published_crate() {
         let config = Config::default();
-        assert_eq!((config.input_names, config.output_name), (vec!["input_ids".to_string()], "logits".into()));
+        assert_eq!(
+            (config.input_names, config.output_name),
+            (vec!["input_ids".to_string()], "logits".into())
+        );
         assert_eq!((config.max_sequence_length, config.vocab_size), (128, 32_000));
     }
 }

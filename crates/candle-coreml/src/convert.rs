@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | fp16 | f16 | other floats rounded to nearest (beyond 65,504: infinite); integers that fp16 holds exactly |
 //! | fp32 | f32 | other floats rounded to nearest; integers that fp32 holds exactly |
-//! | fp64 | f64 | other floats; integers up to 2^53 |
+//! | fp64 | f64 | other floats; integers below 2^53 |
 //! | int32 | i32 | integers in range; floats that are whole numbers in range |
 //! | int8 | | as int32 |
 
@@ -21,8 +21,8 @@ use std::ops::Range;
 /// Most elements a left-out input is filled with: 1 GiB of f32, far beyond any default that a file means.
 const MAX_DEFAULT_ELEMENTS: usize = 1 << 28;
 
-/// From here on f64 does not hold every integer.
-const MAX_EXACT: f64 = 9_007_199_254_740_992.0;
+/// 2^53: integers below it are exact in f64, and an integer at it may have been rounded.
+const EXACT_BELOW: f64 = 9_007_199_254_740_992.0;
 
 const CONVERTIBLE: &str = "u8, u32, i16, i32, i64, bf16, f16, f32, f64, f8e4m3";
 
@@ -73,21 +73,34 @@ pub(crate) fn prepare<'a>(target: Target<'_>, tensor: &'a Tensor) -> Result<Prep
         Device::Cpu => Cow::Borrowed(tensor),
         _ => Cow::Owned(tensor.to_device(&Device::Cpu)?),
     };
-    if matches!(tensor.dtype(), DType::F6E2M3 | DType::F6E3M2 | DType::F4 | DType::F8E8M0) {
+    if matches!(
+        tensor.dtype(),
+        DType::F6E2M3 | DType::F6E3M2 | DType::F4 | DType::F8E8M0
+    ) {
         return Err(target.wrong_dtype(tensor.dtype()));
+    }
+    if tensor.dtype() == DType::F8E4M3 {
+        // Exact; and in candle-core 0.11 `WithDType::to_f64` of this type never returns.
+        tensor = Cow::Owned(tensor.to_dtype(DType::F32)?);
     }
     if !tensor.is_contiguous() {
         tensor = Cow::Owned(tensor.contiguous()?);
     }
     if read_as_it_is(array.dtype) == Some(tensor.dtype()) {
-        return Ok(Prepared { shape, held: Held::Tensor(tensor) });
+        return Ok(Prepared {
+            shape,
+            held: Held::Tensor(tensor),
+        });
     }
     let (storage, layout) = tensor.storage_and_layout();
     let range = offsets(layout)?;
     let Storage::Cpu(storage) = &*storage else {
         return Err(target.wrong_dtype(tensor.dtype()));
     };
-    Ok(Prepared { shape, held: convert_storage(target, storage, range)? })
+    Ok(Prepared {
+        shape,
+        held: convert_storage(target, storage, range)?,
+    })
 }
 
 /// Refuses tensors that no engine can read.
@@ -120,7 +133,10 @@ pub(crate) fn filled<'a>(target: Target<'a>, value: f64) -> Result<Option<Prepar
         Held::I32(v) => Held::I32(v.repeat(count)),
         Held::I8(v) => Held::I8(v.repeat(count)),
     };
-    Ok(Some(Prepared { shape: Cow::Borrowed(shape), held }))
+    Ok(Some(Prepared {
+        shape: Cow::Borrowed(shape),
+        held,
+    }))
 }
 
 /// The Candle dtype in which outputs and states of a declared element type come.
@@ -156,7 +172,10 @@ impl Prepared<'_> {
             Held::I32(v) => Elements::Slice(Data::I32(v)),
             Held::I8(v) => Elements::Slice(Data::I8(v)),
         };
-        Ok(Locked { shape: &self.shape, elements })
+        Ok(Locked {
+            shape: &self.shape,
+            elements,
+        })
     }
 }
 
@@ -175,7 +194,10 @@ impl Locked<'_> {
                 }
             }
         };
-        Array { shape: self.shape, data }
+        Array {
+            shape: self.shape,
+            data,
+        }
     }
 }
 
@@ -219,9 +241,9 @@ fn read_as_it_is(declared: Declared) -> Option<DType> {
 }
 
 fn offsets(layout: &candle_core::Layout) -> Result<Range<usize>, Error> {
-    let (start, end) = layout.contiguous_offsets().ok_or_else(|| {
-        candle_core::Error::Msg(format!("a contiguous tensor has the layout {layout:?}"))
-    })?;
+    let (start, end) = layout
+        .contiguous_offsets()
+        .ok_or_else(|| candle_core::Error::Msg(format!("a contiguous tensor has the layout {layout:?}")))?;
     Ok(start..end)
 }
 
@@ -252,7 +274,6 @@ fn convert_storage(
         (S::F16(v), _) => convert(target, &v[range]),
         (S::F32(v), _) => convert(target, &v[range]),
         (S::F64(v), _) => convert(target, &v[range]),
-        (S::F8E4M3(v), _) => convert(target, &v[range]),
         (other, _) => Err(target.wrong_dtype(candle_core::backend::BackendStorage::dtype(other))),
     }
 }
@@ -263,8 +284,12 @@ fn convert<T: WithDType>(target: Target<'_>, source: &[T]) -> Result<Held<'stati
         // Rounds to nearest, which is what a narrower float means.
         Declared::Fp32 => Held::F32(floats(target, source, |v| v as f32, f64::from)?),
         Declared::Fp64 => Held::F64(floats(target, source, |v| v, |v| v)?),
-        Declared::Int32 => Held::I32(integers(target, source, i32::MIN.into(), i32::MAX.into(), |v| v as i32)?),
-        Declared::Int8 => Held::I8(integers(target, source, i8::MIN.into(), i8::MAX.into(), |v| v as i8)?),
+        Declared::Int32 => Held::I32(integers(target, source, i32::MIN.into(), i32::MAX.into(), |v| {
+            v as i32
+        })?),
+        Declared::Int8 => Held::I8(integers(target, source, i8::MIN.into(), i8::MAX.into(), |v| {
+            v as i8
+        })?),
         _ => return Err(target.wrong_dtype(T::DTYPE)),
     })
 }
@@ -283,7 +308,7 @@ fn floats<T: WithDType, U: Copy>(
     let exact = |(index, element): (usize, &T)| {
         let value = element.to_f64();
         let narrowed = narrow(value);
-        if value.abs() <= MAX_EXACT && widen(narrowed) == value {
+        if value.abs() < EXACT_BELOW && widen(narrowed) == value {
             return Ok(narrowed);
         }
         let allowed = format!(
@@ -320,7 +345,11 @@ mod tests {
     use crate::engine::fake::array;
 
     fn target(array: &ArrayDescription) -> Target<'_> {
-        Target { role: FeatureRole::Input, name: "x", array }
+        Target {
+            role: FeatureRole::Input,
+            name: "x",
+            array,
+        }
     }
 
     /// What arrives, as a tensor, and whether it is the given tensor's own memory.
@@ -359,7 +388,13 @@ mod tests {
             let tensor = tensor.to_dtype(source).unwrap();
             for (declared, dtype) in targets {
                 let (out, own) = arrives(declared, &tensor).unwrap();
-                let values = out.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
+                let values = out
+                    .to_dtype(DType::F64)
+                    .unwrap()
+                    .flatten_all()
+                    .unwrap()
+                    .to_vec1::<f64>()
+                    .unwrap();
                 let right = out.dtype() == dtype && values == [0.0, 1.0, 64.0, 120.0];
                 let shared = declared != Declared::Int8 && source == dtype;
                 if !right || own != shared {
@@ -372,10 +407,15 @@ mod tests {
 
     #[test]
     fn contiguous_tensors_and_narrowed_views_are_read_in_place() {
-        let tensor = Tensor::arange(0f32, 12.0, &Device::Cpu).unwrap().reshape((4, 3)).unwrap();
+        let tensor = Tensor::arange(0f32, 12.0, &Device::Cpu)
+            .unwrap()
+            .reshape((4, 3))
+            .unwrap();
         let start = {
             let (storage, _) = tensor.storage_and_layout();
-            let Storage::Cpu(CpuStorage::F32(v)) = &*storage else { panic!("not f32") };
+            let Storage::Cpu(CpuStorage::F32(v)) = &*storage else {
+                panic!("not f32")
+            };
             v.as_ptr().addr()
         };
         let rows = tensor.narrow(0, 1, 2).unwrap();
@@ -387,11 +427,18 @@ mod tests {
 
     #[test]
     fn strided_tensors_arrive_in_row_major_order() {
-        let tensor = Tensor::arange(0i64, 6, &Device::Cpu).unwrap().reshape((2, 3)).unwrap();
+        let tensor = Tensor::arange(0i64, 6, &Device::Cpu)
+            .unwrap()
+            .reshape((2, 3))
+            .unwrap();
         let turned = tensor.t().unwrap();
         let column = tensor.narrow(1, 1, 1).unwrap();
         let spread = column.broadcast_as((2, 2)).unwrap();
-        let rows = [(turned, vec![0, 3, 1, 4, 2, 5]), (column, vec![1, 4]), (spread, vec![1, 1, 4, 4])];
+        let rows = [
+            (turned, vec![0, 3, 1, 4, 2, 5]),
+            (column, vec![1, 4]),
+            (spread, vec![1, 1, 4, 4]),
+        ];
         for (tensor, wanted) in rows {
             for (declared, dtype) in [(Declared::Int32, DType::I32), (Declared::Fp16, DType::F16)] {
                 for source in [DType::I64, dtype] {
@@ -407,26 +454,80 @@ mod tests {
     fn what_a_type_cannot_hold_is_refused_by_index_and_value() {
         let cpu = &Device::Cpu;
         let rows: [(Declared, Tensor, Option<&str>); 15] = [
-            (Declared::Int32, Tensor::new(&[0i64, 2_147_483_647], cpu).unwrap(), None),
-            (Declared::Int32, Tensor::new(&[0i64, 2_147_483_648], cpu).unwrap(), Some("element 1 is 2147483648")),
-            (Declared::Int32, Tensor::new(&[i64::MIN], cpu).unwrap(), Some("element 0 is -9223372036854775808")),
-            (Declared::Int32, Tensor::new(&[u32::MAX], cpu).unwrap(), Some("element 0 is 4294967295")),
-            (Declared::Int32, Tensor::new(&[1.0f32, 0.5], cpu).unwrap(), Some("element 1 is 0.5")),
-            (Declared::Int32, Tensor::new(&[f32::NAN], cpu).unwrap(), Some("element 0 is NaN")),
-            (Declared::Int32, Tensor::new(&[f64::INFINITY], cpu).unwrap(), Some("element 0 is inf")),
+            (
+                Declared::Int32,
+                Tensor::new(&[0i64, 2_147_483_647], cpu).unwrap(),
+                None,
+            ),
+            (
+                Declared::Int32,
+                Tensor::new(&[0i64, 2_147_483_648], cpu).unwrap(),
+                Some("element 1 is 2147483648"),
+            ),
+            (
+                Declared::Int32,
+                Tensor::new(&[i64::MIN], cpu).unwrap(),
+                Some("element 0 is -9223372036854775808"),
+            ),
+            (
+                Declared::Int32,
+                Tensor::new(&[u32::MAX], cpu).unwrap(),
+                Some("element 0 is 4294967295"),
+            ),
+            (
+                Declared::Int32,
+                Tensor::new(&[1.0f32, 0.5], cpu).unwrap(),
+                Some("element 1 is 0.5"),
+            ),
+            (
+                Declared::Int32,
+                Tensor::new(&[f32::NAN], cpu).unwrap(),
+                Some("element 0 is NaN"),
+            ),
+            (
+                Declared::Int32,
+                Tensor::new(&[f64::INFINITY], cpu).unwrap(),
+                Some("element 0 is inf"),
+            ),
             (Declared::Int8, Tensor::new(&[-128i64], cpu).unwrap(), None),
-            (Declared::Int8, Tensor::new(&[-129i64], cpu).unwrap(), Some("element 0 is -129")),
-            (Declared::Int8, Tensor::new(&[200u8], cpu).unwrap(), Some("element 0 is 200")),
-            (Declared::Fp16, Tensor::new(&[2048i64, 2049], cpu).unwrap(), Some("element 1 is 2049")),
-            (Declared::Fp16, Tensor::new(&[70_000u32], cpu).unwrap(), Some("element 0 is 70000")),
-            (Declared::Fp32, Tensor::new(&[16_777_217i64], cpu).unwrap(), Some("element 0 is 16777217")),
-            (Declared::Fp64, Tensor::new(&[9_007_199_254_740_993i64], cpu).unwrap(), Some("element 0 is 900719925474")),
+            (
+                Declared::Int8,
+                Tensor::new(&[-129i64], cpu).unwrap(),
+                Some("element 0 is -129"),
+            ),
+            (
+                Declared::Int8,
+                Tensor::new(&[200u8], cpu).unwrap(),
+                Some("element 0 is 200"),
+            ),
+            (
+                Declared::Fp16,
+                Tensor::new(&[2048i64, 2049], cpu).unwrap(),
+                Some("element 1 is 2049"),
+            ),
+            (
+                Declared::Fp16,
+                Tensor::new(&[70_000u32], cpu).unwrap(),
+                Some("element 0 is 70000"),
+            ),
+            (
+                Declared::Fp32,
+                Tensor::new(&[16_777_217i64], cpu).unwrap(),
+                Some("element 0 is 16777217"),
+            ),
+            (
+                Declared::Fp64,
+                Tensor::new(&[9_007_199_254_740_993i64], cpu).unwrap(),
+                Some("element 0 is 900719925474"),
+            ),
             (Declared::Fp16, Tensor::new(&[1e9f32, 0.1], cpu).unwrap(), None),
         ];
         for (declared, tensor, wanted) in rows {
             match (arrives(declared, &tensor).map_err(|e| e.to_string()), wanted) {
                 (Ok(_), None) => {}
-                (Err(words), Some(wanted)) if words.contains(wanted) => assert!(words.starts_with("input \"x\"")),
+                (Err(words), Some(wanted)) if words.contains(wanted) => {
+                    assert!(words.starts_with("input \"x\""))
+                }
                 (got, _) => panic!("{declared} from {tensor}: {got:?}, wanted {wanted:?}"),
             }
         }
@@ -445,10 +546,16 @@ mod tests {
         let description = array(Declared::Fp32, &[1, 4]);
         let tensor = Tensor::zeros((1, 3), DType::F32, &Device::Cpu).unwrap();
         let words = prepare(target(&description), &tensor).err().unwrap().to_string();
-        assert_eq!(words, r#"input "x": shape [1, 3] is not allowed; allowed: [1, 4]"#);
+        assert_eq!(
+            words,
+            r#"input "x": shape [1, 3] is not allowed; allowed: [1, 4]"#
+        );
         let check = |location| check_device(FeatureRole::Input, "x", location);
         let words = check(DeviceLocation::Cuda { gpu_id: 1 }).unwrap_err().to_string();
-        assert_eq!(words, r#"input "x": the tensor is on CUDA device 1; allowed: CPU and Metal tensors"#);
+        assert_eq!(
+            words,
+            r#"input "x": the tensor is on CUDA device 1; allowed: CPU and Metal tensors"#
+        );
         assert!(check(DeviceLocation::Metal { gpu_id: 0 }).is_ok());
     }
 

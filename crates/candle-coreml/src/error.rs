@@ -1,7 +1,6 @@
 //! What can go wrong, said so that it can be put right: where, what was found, what is allowed.
 
 use crate::engine::EngineKind;
-use std::path::PathBuf;
 
 /// The error of this crate.
 ///
@@ -10,12 +9,10 @@ use std::path::PathBuf;
 #[non_exhaustive]
 pub enum Error {
     /// The files could not be read as a Core ML model.
-    #[error("{}: not readable as a Core ML model: {source}", path.display())]
+    #[error("the model cannot be opened: {source}")]
     Open {
-        /// The path that was given.
-        path: PathBuf,
-        /// What the reader found.
-        source: BoxError,
+        /// The file, the place in it and what is wrong there.
+        source: candle_coreml_mil::Error,
     },
 
     /// The engine asked for does not exist on this system or in this build.
@@ -187,7 +184,10 @@ pub enum Error {
     },
 
     /// A function with states was run without one.
-    #[error("function {function:?} keeps state ({}); make one with make_state and call predict_with_state", quoted(states))]
+    #[error(
+        "function {function:?} keeps state ({}); make one with make_state and call predict_with_state",
+        quoted(states)
+    )]
     StateNeeded {
         /// The function that was to run.
         function: String,
@@ -255,7 +255,11 @@ pub(crate) fn quoted(names: &[String]) -> String {
     if names.is_empty() {
         return "none".to_string();
     }
-    names.iter().map(|n| format!("{n:?}")).collect::<Vec<_>>().join(", ")
+    names
+        .iter()
+        .map(|n| format!("{n:?}"))
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 #[cfg(test)]
@@ -269,14 +273,20 @@ mod tests {
             name: "y".into(),
             allowed: vec!["x".into(), "mask".into()],
         };
-        assert_eq!(error.to_string(), r#"function "main" has no input "y"; it takes: "x", "mask""#);
+        assert_eq!(
+            error.to_string(),
+            r#"function "main" has no input "y"; it takes: "x", "mask""#
+        );
         let error = Error::Shape {
             what: FeatureRole::Input,
             name: "x".into(),
             found: vec![1, 3],
             allowed: "[1, 1..=2]".into(),
         };
-        assert_eq!(error.to_string(), r#"input "x": shape [1, 3] is not allowed; allowed: [1, 1..=2]"#);
+        assert_eq!(
+            error.to_string(),
+            r#"input "x": shape [1, 3] is not allowed; allowed: [1, 1..=2]"#
+        );
     }
 
     #[test]

@@ -63,7 +63,11 @@ pub(crate) fn ready<'a>(
 /// The device outputs go back to: that of the first input that is not on the CPU.
 pub(crate) fn device(given: &[(&str, Given<'_>)]) -> Device {
     let devices = given.iter().filter_map(|(_, g)| g.tensor()).map(Tensor::device);
-    devices.into_iter().find(|d| !d.is_cpu()).cloned().unwrap_or(Device::Cpu)
+    devices
+        .into_iter()
+        .find(|d| !d.is_cpu())
+        .cloned()
+        .unwrap_or(Device::Cpu)
 }
 
 fn check_names(function: &FunctionDescription, given: &[(&str, Given<'_>)]) -> Result<(), Error> {
@@ -76,11 +80,18 @@ fn check_names(function: &FunctionDescription, given: &[(&str, Given<'_>)]) -> R
             });
         }
         if given.iter().take(i).any(|(n, _)| n == name) {
-            return Err(Error::DuplicateInput { name: name.to_string() });
+            return Err(Error::DuplicateInput {
+                name: name.to_string(),
+            });
         }
     }
     let absent = |f: &&Feature| !f.optional && !given.iter().any(|(n, _)| *n == f.name);
-    let missing: Vec<String> = function.inputs.iter().filter(absent).map(allowed::named).collect();
+    let missing: Vec<String> = function
+        .inputs
+        .iter()
+        .filter(absent)
+        .map(allowed::named)
+        .collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -92,9 +103,17 @@ fn check_names(function: &FunctionDescription, given: &[(&str, Given<'_>)]) -> R
 }
 
 fn default(feature: &Feature) -> Result<Option<Ready<'_>>, Error> {
-    let FeatureType::MultiArray(array) = &feature.ty else { return Ok(None) };
-    let Some(value) = array.default_value else { return Ok(None) };
-    let target = Target { role: FeatureRole::Input, name: &feature.name, array };
+    let FeatureType::MultiArray(array) = &feature.ty else {
+        return Ok(None);
+    };
+    let Some(value) = array.default_value else {
+        return Ok(None);
+    };
+    let target = Target {
+        role: FeatureRole::Input,
+        name: &feature.name,
+        array,
+    };
     Ok(convert::filled(target, value)?.map(Ready::Array))
 }
 
@@ -104,7 +123,11 @@ fn ready_one<'a>(feature: &Feature, given: Given<'a>) -> Result<Ready<'a>, Error
     if let Some(tensor) = given.tensor() {
         return match &feature.ty {
             FeatureType::MultiArray(array) => {
-                let target = Target { role: FeatureRole::Input, name: &feature.name, array };
+                let target = Target {
+                    role: FeatureRole::Input,
+                    name: &feature.name,
+                    array,
+                };
                 convert::prepare(target, tensor).map(Ready::Array)
             }
             FeatureType::Image(image) => picture(feature, image, tensor).map(owned),
@@ -113,7 +136,9 @@ fn ready_one<'a>(feature: &Feature, given: Given<'a>) -> Result<Ready<'a>, Error
             _ => Err(wrong_kind(feature, given)),
         };
     }
-    let Given::Value(value) = given else { return Err(wrong_kind(feature, given)) };
+    let Given::Value(value) = given else {
+        return Err(wrong_kind(feature, given));
+    };
     match (&feature.ty, value) {
         (FeatureType::Image(description), Value::Image(image)) => {
             check_image(feature, description, image)?;
@@ -124,10 +149,18 @@ fn ready_one<'a>(feature: &Feature, given: Given<'a>) -> Result<Ready<'a>, Error
         | (FeatureType::String, Value::String(_))
         | (FeatureType::Dictionary { integer_keys: true }, Value::Dictionary(Dictionary::Integers(_)))
         | (FeatureType::Dictionary { integer_keys: false }, Value::Dictionary(Dictionary::Strings(_)))
-        | (FeatureType::Sequence { integer_elements: true }, Value::Sequence(Sequence::Integers(_)))
-        | (FeatureType::Sequence { integer_elements: false }, Value::Sequence(Sequence::Strings(_))) => {
-            Ok(borrowed(value))
-        }
+        | (
+            FeatureType::Sequence {
+                integer_elements: true,
+            },
+            Value::Sequence(Sequence::Integers(_)),
+        )
+        | (
+            FeatureType::Sequence {
+                integer_elements: false,
+            },
+            Value::Sequence(Sequence::Strings(_)),
+        ) => Ok(borrowed(value)),
         _ => Err(wrong_kind(feature, given)),
     }
 }
@@ -139,7 +172,11 @@ fn wrong_kind(feature: &Feature, given: Given<'_>) -> Error {
         FeatureType::Int64 | FeatureType::Double => allowed += ", or a tensor of one element",
         _ => {}
     }
-    Error::Kind { name: feature.name.clone(), found: given.describe(), allowed }
+    Error::Kind {
+        name: feature.name.clone(),
+        found: given.describe(),
+        allowed,
+    }
 }
 
 fn picture(feature: &Feature, description: &ImageDescription, tensor: &Tensor) -> Result<Value, Error> {
@@ -202,7 +239,12 @@ mod tests {
 
     fn function() -> FunctionDescription {
         let image = |color| {
-            FeatureType::Image(ImageDescription { width: 4, height: 2, color, flexibility: Flexibility::Fixed })
+            FeatureType::Image(ImageDescription {
+                width: 4,
+                height: 2,
+                color,
+                flexibility: Flexibility::Fixed,
+            })
         };
         let mut inputs = vec![
             feature("x", array(Declared::Fp32, &[1, 2])),
@@ -216,11 +258,23 @@ mod tests {
             ("ratio", FeatureType::Double),
             ("label", FeatureType::String),
             ("weights", FeatureType::Dictionary { integer_keys: false }),
-            ("words", FeatureType::Sequence { integer_elements: false }),
+            (
+                "words",
+                FeatureType::Sequence {
+                    integer_elements: false,
+                },
+            ),
         ] {
-            inputs.push(Feature { optional: true, ..typed(name, ty) });
+            inputs.push(Feature {
+                optional: true,
+                ..typed(name, ty)
+            });
         }
-        FunctionDescription { name: "main".into(), inputs, ..FunctionDescription::default() }
+        FunctionDescription {
+            name: "main".into(),
+            inputs,
+            ..FunctionDescription::default()
+        }
     }
 
     fn x() -> Tensor {
@@ -233,8 +287,14 @@ mod tests {
         let label = Value::from("cat");
         let inputs = ready(&f, &[("label", Given::Value(&label)), ("x", Given::Tensor(&x))]).unwrap();
         let names: Vec<_> = inputs.iter().map(|(n, _)| *n).collect();
-        assert_eq!(names, ["x", "scale", "label"], "bias has no default and stays out");
-        let Ready::Array(scale) = &inputs[1].1 else { panic!("not an array") };
+        assert_eq!(
+            names,
+            ["x", "scale", "label"],
+            "bias has no default and stays out"
+        );
+        let Ready::Array(scale) = &inputs[1].1 else {
+            panic!("not an array")
+        };
         let scale = scale.lock().unwrap().array().to_tensor().unwrap();
         assert_eq!(scale.to_vec1::<f32>().unwrap(), [3.0, 3.0]);
     }
@@ -244,9 +304,15 @@ mod tests {
         let (f, x) = (function(), x());
         let g = Given::Tensor(&x);
         let rows: [(&[(&str, Given<'_>)], &str); 4] = [
-            (&[("y", g)], r#"function "main" has no input "y"; it takes: "x", "scale""#),
+            (
+                &[("y", g)],
+                r#"function "main" has no input "y"; it takes: "x", "scale""#,
+            ),
             (&[("x", g), ("x", g)], r#"input "x" was given more than once"#),
-            (&[], r#"function "main" was not given: "x" (a tensor fp32 [1, 2]); given: none"#),
+            (
+                &[],
+                r#"function "main" was not given: "x" (a tensor fp32 [1, 2]); given: none"#,
+            ),
             (&[("scale", g)], r#"given: "scale""#),
         ];
         for (given, wanted) in rows {
@@ -300,7 +366,10 @@ mod tests {
                 Ok(_) => assert!(taken, "{name} took {value:?}"),
                 Err(e) => {
                     let words = e.to_string();
-                    assert!(!taken && words.contains(&format!("input {name:?}: a")), "{name}: {words}");
+                    assert!(
+                        !taken && words.contains(&format!("input {name:?}: a")),
+                        "{name}: {words}"
+                    );
                     assert!(words.contains("allowed: a"), "{words}");
                 }
             }

@@ -3,7 +3,7 @@
 use crate::builder::CoreMLModelBuilder;
 use crate::config::Config;
 use crate::convert;
-use crate::engine::{Engine, EngineKind, Input, InputValue};
+use crate::engine::{Engine, EngineKind, EngineState, Input, InputValue};
 use crate::error::{Error, quoted};
 use crate::inputs::{self, Given, Ready};
 use crate::outputs::Outputs;
@@ -88,7 +88,11 @@ impl CoreMLModel {
             }
             None => Config::from_function(engine.function()),
         };
-        Ok(CoreMLModel { engine, config: Arc::new(config), config_given })
+        Ok(CoreMLModel {
+            engine,
+            config: Arc::new(config),
+            config_given,
+        })
     }
 
     /// The inputs of the function, in the order of the file.
@@ -157,7 +161,10 @@ impl CoreMLModel {
     pub fn forward(&self, inputs: &[&Tensor]) -> Result<Tensor, Error> {
         let names = &self.config.input_names;
         if names.len() != inputs.len() {
-            return Err(Error::InputCount { found: inputs.len(), expected: names.clone() });
+            return Err(Error::InputCount {
+                found: inputs.len(),
+                expected: names.clone(),
+            });
         }
         let given: Vec<_> = names.iter().zip(inputs).map(|(n, t)| (n.as_str(), *t)).collect();
         self.predict(&given)?.tensor(&self.config.output_name)
@@ -195,7 +202,11 @@ impl CoreMLModel {
     /// # Errors
     /// [`Error::Engine`] when the engine fails.
     pub fn make_state(&self) -> Result<CoreMLState, Error> {
-        Ok(CoreMLState::new(self.engine.make_state()?, self.engine.kind(), self.states()))
+        Ok(CoreMLState::new(
+            self.engine.make_state()?,
+            self.engine.kind(),
+            self.states(),
+        ))
     }
 
     /// Runs the function on named tensors and the buffers in `state`, which it changes.
@@ -228,13 +239,20 @@ impl CoreMLModel {
         let state = self.fitting(state)?;
         let ready = inputs::ready(function, given)?;
         // Read locks on the tensors' memory are held from here until the engine is done.
-        let locked = ready.iter().map(|(_, r)| r.lock()).collect::<Result<Vec<_>, _>>()?;
+        let locked = ready
+            .iter()
+            .map(|(_, r)| r.lock())
+            .collect::<Result<Vec<_>, _>>()?;
         let inputs: Vec<Input<'_>> = ready
             .iter()
             .zip(&locked)
-            .map(|((name, _), value)| Input { name, value: value.value() })
+            .map(|((name, _), value)| Input {
+                name,
+                value: value.value(),
+            })
             .collect();
-        let outputs = self.engine.predict(&inputs, state.map(|s| &mut *s.inner))?;
+        let state = state.map(|s| s.inner.as_mut() as &mut dyn EngineState);
+        let outputs = self.engine.predict(&inputs, state)?;
         let device = inputs::device(given);
         let finished = outputs.into_iter().map(|(name, value)| {
             let value = finish(function, &name, value, &device)?;
@@ -269,7 +287,8 @@ impl Module for CoreMLModel {
 
 impl std::fmt::Debug for CoreMLModel {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let names = |features: &[Feature]| quoted(&features.iter().map(|f| f.name.clone()).collect::<Vec<_>>());
+        let names =
+            |features: &[Feature]| quoted(&features.iter().map(|f| f.name.clone()).collect::<Vec<_>>());
         f.debug_struct("CoreMLModel")
             .field("engine", &self.engine())
             .field("function", &self.function().name)
@@ -292,21 +311,33 @@ pub(crate) fn check_function(description: &Description, name: &str) -> Result<()
 }
 
 fn tensors<'a>(inputs: &[(&'a str, &'a Tensor)]) -> Vec<(&'a str, Given<'a>)> {
-    inputs.iter().map(|&(name, tensor)| (name, Given::Tensor(tensor))).collect()
+    inputs
+        .iter()
+        .map(|&(name, tensor)| (name, Given::Tensor(tensor)))
+        .collect()
 }
 
 fn values<'a>(inputs: &[(&'a str, &'a Value)]) -> Vec<(&'a str, Given<'a>)> {
-    inputs.iter().map(|&(name, value)| (name, Given::Value(value))).collect()
+    inputs
+        .iter()
+        .map(|&(name, value)| (name, Given::Value(value)))
+        .collect()
 }
 
 /// An output in the declared dtype and on the device it is wanted on.
 fn finish(function: &FunctionDescription, name: &str, value: Value, device: &Device) -> Result<Value, Error> {
-    let Value::Tensor(mut tensor) = value else { return Ok(value) };
+    let Value::Tensor(mut tensor) = value else {
+        return Ok(value);
+    };
     let declared = function.outputs.iter().find(|f| f.name == name).map(|f| &f.ty);
     if let Some(FeatureType::MultiArray(array)) = declared {
         tensor = convert::as_declared(tensor, array.dtype)?;
     }
-    Ok(Value::Tensor(if device.is_cpu() { tensor } else { tensor.to_device(device)? }))
+    Ok(Value::Tensor(if device.is_cpu() {
+        tensor
+    } else {
+        tensor.to_device(device)?
+    }))
 }
 
 /// An input whose memory is held readable.
@@ -331,5 +362,236 @@ impl Held<'_> {
             Held::Array(locked) => InputValue::Array(locked.array()),
             Held::Value(value) => InputValue::Value(value),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::fake::{FakeEngine, array, feature, state};
+    use candle_core::DType;
+    use candle_coreml_mil::DType as Declared;
+
+    fn described(name: &str, inputs: Vec<Feature>, outputs: Vec<Feature>) -> FunctionDescription {
+        FunctionDescription {
+            name: name.into(),
+            inputs,
+            outputs,
+            states: vec![],
+        }
+    }
+
+    /// Functions `add` (a + b, f32 [2]) and `double` (2 * a); each also gives its name.
+    fn model() -> CoreMLModel {
+        let vector = |name| feature(name, array(Declared::Fp32, &[2]));
+        let label = || crate::engine::fake::typed("label", FeatureType::String);
+        let functions = vec![
+            described(
+                "add",
+                vec![vector("a"), vector("b")],
+                vec![vector("sum"), label()],
+            ),
+            described("double", vec![vector("a")], vec![vector("sum")]),
+        ];
+        let engine = FakeEngine::new(functions, |inputs, _| {
+            let tensors = inputs.iter().map(|i| {
+                let InputValue::Array(array) = i.value else {
+                    panic!("not an array")
+                };
+                array.to_tensor().unwrap()
+            });
+            let tensors: Vec<_> = tensors.collect();
+            let sum = (&tensors[0] + tensors.last().unwrap())?;
+            let mut outputs = vec![("sum".to_string(), Value::Tensor(sum))];
+            if tensors.len() == 2 {
+                outputs.push(("label".to_string(), "add".into()));
+            }
+            Ok(outputs)
+        });
+        CoreMLModel::from_engine(engine).unwrap()
+    }
+
+    fn tensor(values: [f32; 2]) -> Tensor {
+        Tensor::new(&values, &Device::Cpu).unwrap()
+    }
+
+    fn vector(tensor: &Tensor) -> Vec<f32> {
+        tensor.to_vec1().unwrap()
+    }
+
+    #[test]
+    fn forward_takes_the_order_of_the_configuration_and_predict_takes_names() {
+        let (a, b) = (tensor([1.0, 2.0]), tensor([10.0, 20.0]));
+        let model = model();
+        assert_eq!(vector(&model.forward(&[&a, &b]).unwrap()), [11.0, 22.0]);
+        let outputs = model.predict(&[("b", &b), ("a", &a)]).unwrap();
+        assert_eq!(outputs.names().collect::<Vec<_>>(), ["sum", "label"]);
+        assert_eq!(vector(&outputs.tensor("sum").unwrap()), [11.0, 22.0]);
+        let values = [("a", &Value::from(a)), ("b", &Value::from(b))];
+        assert_eq!(model.predict_values(&values).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn forward_with_too_few_tensors_names_the_inputs() {
+        let words = model().forward(&[&tensor([0.0, 0.0])]).unwrap_err().to_string();
+        assert_eq!(words, r#"1 tensors were given to forward; it takes 2: "a", "b""#);
+    }
+
+    #[test]
+    fn a_function_of_one_input_is_a_candle_module() {
+        let double = model().with_function("double").unwrap();
+        assert_eq!(vector(&tensor([1.0, 2.0]).apply(&double).unwrap()), [2.0, 4.0]);
+        let words = tensor([1.0, 2.0]).apply(&model()).unwrap_err().to_string();
+        assert!(words.contains(r#"it takes 2: "a", "b""#), "{words}");
+    }
+
+    #[test]
+    fn another_function_has_another_interface_and_unknown_ones_are_refused() {
+        let double = model().with_function("double").unwrap();
+        assert_eq!(double.function().name, "double");
+        assert_eq!(double.config().input_names, ["a"]);
+        assert_eq!(double.functions().len(), 2);
+        let words = double.with_function("triple").unwrap_err().to_string();
+        assert_eq!(
+            words,
+            r#"the model has no function "triple"; it has: "add", "double""#
+        );
+    }
+
+    #[test]
+    fn a_given_configuration_is_checked_and_kept_between_functions() {
+        let engine = model().engine;
+        let wrong = CoreMLModel::with_config(engine.clone(), Some(Config::new(["a", "c"], "sum")));
+        assert!(matches!(wrong, Err(Error::UnknownInput { name, .. }) if name == "c"));
+        let reversed = CoreMLModel::with_config(engine, Some(Config::new(["b", "a"], "label"))).unwrap();
+        let words = reversed
+            .forward(&[&tensor([0.0; 2]), &tensor([0.0; 2])])
+            .unwrap_err()
+            .to_string();
+        assert_eq!(words, r#"output "label" is a string, not a tensor"#);
+        assert!(matches!(
+            reversed.with_function("double"),
+            Err(Error::UnknownInput { .. })
+        ));
+    }
+
+    #[test]
+    fn an_input_of_the_declared_dtype_is_not_copied() {
+        let x = tensor([1.0, 2.0]);
+        let function = described("main", vec![feature("x", array(Declared::Fp32, &[2]))], vec![]);
+        let start = {
+            let (storage, _) = x.storage_and_layout();
+            let candle_core::Storage::Cpu(candle_core::CpuStorage::F32(v)) = &*storage else {
+                panic!()
+            };
+            v.as_ptr().addr()
+        };
+        let engine = FakeEngine::new(vec![function], move |inputs, _| {
+            let InputValue::Array(array) = inputs[0].value else {
+                panic!("not an array")
+            };
+            assert_eq!(array.address(), start);
+            Ok(vec![])
+        });
+        CoreMLModel::from_engine(engine)
+            .unwrap()
+            .predict(&[("x", &x)])
+            .unwrap();
+    }
+
+    #[test]
+    fn outputs_come_in_the_dtype_the_model_declares() {
+        let rows = [
+            (Declared::Fp16, DType::F16),
+            (Declared::Fp32, DType::F32),
+            (Declared::Fp64, DType::F64),
+            (Declared::Int32, DType::I32),
+            (Declared::Int8, DType::I32),
+        ];
+        for (declared, dtype) in rows {
+            let function = described("main", vec![], vec![feature("y", array(declared, &[2]))]);
+            let engine = FakeEngine::new(vec![function], |_, _| {
+                Ok(vec![("y".into(), tensor([1.0, 2.0]).into())])
+            });
+            let outputs = CoreMLModel::from_engine(engine).unwrap().predict(&[]).unwrap();
+            let y = outputs.tensor("y").unwrap();
+            assert_eq!(y.dtype(), dtype, "{declared}");
+            assert_eq!(vector(&y.to_dtype(DType::F32).unwrap()), [1.0, 2.0], "{declared}");
+        }
+    }
+
+    #[test]
+    fn a_function_with_states_does_not_run_without_one() {
+        let function = FunctionDescription {
+            states: vec![state("cache", Declared::Fp16, &[1])],
+            ..described("infer", vec![], vec![])
+        };
+        let engine = FakeEngine::new(vec![function], |_, _| panic!("ran without its state"));
+        let words = CoreMLModel::from_engine(engine)
+            .unwrap()
+            .predict(&[])
+            .unwrap_err()
+            .to_string();
+        assert!(
+            words.starts_with(r#"function "infer" keeps state ("cache"); make one"#),
+            "{words}"
+        );
+    }
+
+    #[test]
+    fn a_function_without_states_runs_with_the_state_it_makes() {
+        let model = model();
+        let mut none = model.make_state().unwrap();
+        let (a, b) = (tensor([1.0, 2.0]), tensor([3.0, 4.0]));
+        model
+            .predict_with_state(&[("a", &a), ("b", &b)], &mut none)
+            .unwrap();
+    }
+
+    #[test]
+    fn two_threads_predict_on_one_model_at_once() {
+        // Each prediction waits for the other, so both run at the same time or the test does not end.
+        let meeting = std::sync::Barrier::new(2);
+        let function = described(
+            "main",
+            vec![feature("x", array(Declared::Fp32, &[2]))],
+            vec![feature("x", array(Declared::Fp32, &[2]))],
+        );
+        let engine = FakeEngine::new(vec![function], move |inputs, _| {
+            meeting.wait();
+            let InputValue::Array(array) = inputs[0].value else {
+                panic!("not an array")
+            };
+            Ok(vec![("x".into(), array.to_tensor()?.into())])
+        });
+        let model = CoreMLModel::from_engine(engine).unwrap();
+        let shared = tensor([5.0, 6.0]);
+        std::thread::scope(|scope| {
+            let run = || vector(&model.forward(&[&shared]).unwrap());
+            let other = scope.spawn(run);
+            assert_eq!((run(), other.join().unwrap()), (vec![5.0, 6.0], vec![5.0, 6.0]));
+        });
+    }
+
+    #[test]
+    fn models_are_shared_between_threads() {
+        fn assert_send_sync<T: Send + Sync + Clone>() {}
+        assert_send_sync::<CoreMLModel>();
+    }
+
+    #[test]
+    fn an_engines_failure_keeps_its_words_and_its_source() {
+        let engine = FakeEngine::new(vec![described("main", vec![], vec![])], |_, _| {
+            Err("out of memory".into())
+        });
+        let error = CoreMLModel::from_engine(engine)
+            .unwrap()
+            .predict(&[])
+            .unwrap_err();
+        assert_eq!(error.to_string(), "portable engine: out of memory");
+        assert_eq!(
+            std::error::Error::source(&error).unwrap().to_string(),
+            "out of memory"
+        );
     }
 }

@@ -28,7 +28,10 @@ impl Outputs {
     pub fn tensor(&self, name: &str) -> Result<Tensor, Error> {
         match self.get(name) {
             Some(Value::Tensor(tensor)) => Ok(tensor.clone()),
-            Some(other) => Err(Error::NotATensor { name: name.to_string(), found: other.kind() }),
+            Some(other) => Err(Error::NotATensor {
+                name: name.to_string(),
+                found: other.kind(),
+            }),
             None => Err(Error::UnknownOutput {
                 name: name.to_string(),
                 allowed: self.names().map(str::to_string).collect(),
@@ -78,7 +81,10 @@ mod tests {
 
     fn outputs() -> Outputs {
         let tensor = Tensor::new(&[1f32, 2.0], &Device::Cpu).unwrap();
-        Outputs::new(vec![("b".to_string(), tensor.into()), ("a".to_string(), "cat".into())])
+        Outputs::new(vec![
+            ("b".to_string(), tensor.into()),
+            ("a".to_string(), "cat".into()),
+        ])
     }
 
     #[test]
@@ -94,6 +100,9 @@ mod tests {
     fn asking_for_the_wrong_output_names_the_right_ones() {
         let words = outputs().tensor("c").unwrap_err().to_string();
         assert_eq!(words, r#"no output "c"; the outputs are: "b", "a""#);
-        assert_eq!(outputs().tensor("a").unwrap_err().to_string(), r#"output "a" is a string, not a tensor"#);
+        assert_eq!(
+            outputs().tensor("a").unwrap_err().to_string(),
+            r#"output "a" is a string, not a tensor"#
+        );
     }
 }

@@ -39,7 +39,11 @@ pub struct CoreMLState {
 
 impl CoreMLState {
     pub(crate) fn new(inner: Box<dyn EngineState>, engine: EngineKind, features: &[Feature]) -> Self {
-        CoreMLState { inner, engine, features: features.into() }
+        CoreMLState {
+            inner,
+            engine,
+            features: features.into(),
+        }
     }
 
     /// The buffers as the model declares them: names, dtypes, shapes.
@@ -86,12 +90,21 @@ impl CoreMLState {
     /// # Errors
     /// [`Error::Engine`] when the engine fails.
     pub fn fork(&self) -> Result<Self, Error> {
-        Ok(CoreMLState { inner: self.inner.fork()?, engine: self.engine, features: self.features.clone() })
+        Ok(CoreMLState {
+            inner: self.inner.fork()?,
+            engine: self.engine,
+            features: self.features.clone(),
+        })
     }
 
     /// Refuses a state that was made for other declarations or by another engine.
     pub(crate) fn check(&self, engine: EngineKind, function: &FunctionDescription) -> Result<(), Error> {
-        let same = |a: &Feature| function.states.iter().any(|b| a.name == b.name && same_buffer(a, b));
+        let same = |a: &Feature| {
+            function
+                .states
+                .iter()
+                .any(|b| a.name == b.name && same_buffer(a, b))
+        };
         let fits = self.features.len() == function.states.len() && self.features.iter().all(same);
         if fits && engine == self.engine {
             return Ok(());
@@ -106,9 +119,11 @@ impl CoreMLState {
     fn target(&self, name: &str) -> Result<Target<'_>, Error> {
         let found = self.features.iter().find(|f| f.name == name);
         match found.map(|f| (f, &f.ty)) {
-            Some((feature, FeatureType::State(array) | FeatureType::MultiArray(array))) => {
-                Ok(Target { role: FeatureRole::State, name: &feature.name, array })
-            }
+            Some((feature, FeatureType::State(array) | FeatureType::MultiArray(array))) => Ok(Target {
+                role: FeatureRole::State,
+                name: &feature.name,
+                array,
+            }),
             _ => Err(Error::UnknownState {
                 name: name.to_string(),
                 allowed: self.names().map(str::to_string).collect(),
@@ -148,8 +163,11 @@ mod tests {
     use candle_coreml_mil::DType as Declared;
 
     fn model(name: &str, states: Vec<Feature>) -> CoreMLModel {
-        let function =
-            FunctionDescription { name: name.into(), states, ..FunctionDescription::default() };
+        let function = FunctionDescription {
+            name: name.into(),
+            states,
+            ..FunctionDescription::default()
+        };
         // Each run adds one to every buffer.
         CoreMLModel::from_engine(FakeEngine::new(vec![function], |_, state| {
             for buffer in state.ok_or("no state")?.buffers.values_mut() {
@@ -178,7 +196,12 @@ mod tests {
         let fork = state.fork().unwrap();
         model.predict_with_state(&[], &mut state).unwrap();
         assert_eq!((sum(&state, "cache"), sum(&fork, "cache")), (12.0, 6.0));
-        let turned = Tensor::arange(0i64, 6, &Device::Cpu).unwrap().reshape((3, 2)).unwrap().t().unwrap();
+        let turned = Tensor::arange(0i64, 6, &Device::Cpu)
+            .unwrap()
+            .reshape((3, 2))
+            .unwrap()
+            .t()
+            .unwrap();
         state.write("cache", &turned).unwrap();
         let read = state.read("cache").unwrap();
         assert_eq!((read.dtype(), read.dims()), (DType::F16, &[2, 3][..]));
@@ -195,7 +218,10 @@ mod tests {
         assert_eq!(words, r#"no state "kv"; the states are: "cache""#);
         let tensor = Tensor::zeros((3, 2), DType::F32, &Device::Cpu).unwrap();
         let words = state.write("cache", &tensor).unwrap_err().to_string();
-        assert_eq!(words, r#"state "cache": shape [3, 2] is not allowed; allowed: [2, 3]"#);
+        assert_eq!(
+            words,
+            r#"state "cache": shape [3, 2] is not allowed; allowed: [2, 3]"#
+        );
     }
 
     #[test]
@@ -217,7 +243,10 @@ mod tests {
                 Ok(_) => assert!(fits, "{states:?}"),
                 Err(error) => {
                     let words = error.to_string();
-                    assert!(!fits && words.contains(r#""cache" (a tensor fp16 [2, 3])"#), "{words}");
+                    assert!(
+                        !fits && words.contains(r#""cache" (a tensor fp16 [2, 3])"#),
+                        "{words}"
+                    );
                 }
             }
         }

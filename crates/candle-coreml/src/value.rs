@@ -67,7 +67,11 @@ pub enum Pixels {
 impl Value {
     /// The tensor, if it is one.
     pub fn as_tensor(&self) -> Option<&Tensor> {
-        if let Value::Tensor(t) = self { Some(t) } else { None }
+        if let Value::Tensor(t) = self {
+            Some(t)
+        } else {
+            None
+        }
     }
 
     /// The kind with its article, for messages: `a tensor`, `an image`.
@@ -141,7 +145,11 @@ impl Image {
                 allowed: "width * height * channels elements, at least one".to_string(),
             });
         }
-        Ok(Image { width, height, pixels })
+        Ok(Image {
+            width,
+            height,
+            pixels,
+        })
     }
 
     /// A picture from a `u8` tensor of shape [3, H, W] (red first), [1, H, W] or [H, W], with or without a leading
@@ -151,8 +159,13 @@ impl Image {
     /// [`Error::Image`] for other shapes and dtypes.
     pub fn from_tensor(tensor: &Tensor) -> Result<Self, Error> {
         let refuse = || Error::Image {
-            found: format!("a {} tensor of shape {:?}", tensor.dtype().as_str(), tensor.dims()),
-            allowed: "u8 [3, H, W], u8 or f16 [1, H, W] or [H, W], perhaps with a batch dimension of 1".to_string(),
+            found: format!(
+                "a {} tensor of shape {:?}",
+                tensor.dtype().as_str(),
+                tensor.dims()
+            ),
+            allowed: "u8 [3, H, W], u8 or f16 [1, H, W] or [H, W], perhaps with a batch dimension of 1"
+                .to_string(),
         };
         let (channels, height, width) = match *tensor.dims() {
             [h, w] => (1, h, w),
@@ -161,9 +174,13 @@ impl Image {
         };
         let tensor = tensor.to_device(&Device::Cpu)?;
         let pixels = match (channels, tensor.dtype()) {
-            (3, DType::U8) => {
-                Pixels::Rgb(tensor.reshape((3, height, width))?.permute((1, 2, 0))?.flatten_all()?.to_vec1()?)
-            }
+            (3, DType::U8) => Pixels::Rgb(
+                tensor
+                    .reshape((3, height, width))?
+                    .permute((1, 2, 0))?
+                    .flatten_all()?
+                    .to_vec1()?,
+            ),
             (1, DType::U8) => Pixels::Gray(tensor.flatten_all()?.to_vec1()?),
             (1, DType::F16) => Pixels::GrayF16(tensor.flatten_all()?.to_vec1()?),
             _ => return Err(refuse()),
@@ -180,9 +197,9 @@ impl Image {
         Ok(match &self.pixels {
             Pixels::Gray(p) => Tensor::from_slice(p, (1, h, w), &Device::Cpu)?,
             Pixels::GrayF16(p) => Tensor::from_slice(p, (1, h, w), &Device::Cpu)?,
-            Pixels::Rgb(p) => {
-                Tensor::from_slice(p, (h, w, 3), &Device::Cpu)?.permute((2, 0, 1))?.contiguous()?
-            }
+            Pixels::Rgb(p) => Tensor::from_slice(p, (h, w, 3), &Device::Cpu)?
+                .permute((2, 0, 1))?
+                .contiguous()?,
         })
     }
 
@@ -222,9 +239,20 @@ mod tests {
         let tensor = Tensor::from_vec(planes.clone(), (3, 2, 3), &Device::Cpu).unwrap();
         let image = Image::from_tensor(&tensor).unwrap();
         assert_eq!((image.width(), image.height()), (3, 2));
-        let Pixels::Rgb(pixels) = image.pixels() else { panic!("not RGB") };
+        let Pixels::Rgb(pixels) = image.pixels() else {
+            panic!("not RGB")
+        };
         assert_eq!(&pixels[..6], &[0, 6, 12, 1, 7, 13], "pixels are interleaved");
-        assert_eq!(image.to_tensor().unwrap().flatten_all().unwrap().to_vec1::<u8>().unwrap(), planes);
+        assert_eq!(
+            image
+                .to_tensor()
+                .unwrap()
+                .flatten_all()
+                .unwrap()
+                .to_vec1::<u8>()
+                .unwrap(),
+            planes
+        );
         let batched = Image::from_tensor(&tensor.unsqueeze(0).unwrap()).unwrap();
         assert_eq!(batched, image);
     }
@@ -247,9 +275,16 @@ mod tests {
             (usize::MAX, 3, Pixels::Gray(vec![0; 3])),
         ];
         for (w, h, pixels) in rows {
-            assert!(matches!(Image::new(w, h, pixels), Err(Error::Image { .. })), "{w} x {h}");
+            assert!(
+                matches!(Image::new(w, h, pixels), Err(Error::Image { .. })),
+                "{w} x {h}"
+            );
         }
-        for (shape, dtype) in [(vec![2, 2, 2], DType::U8), (vec![3, 2, 2], DType::F32), (vec![4], DType::U8)] {
+        for (shape, dtype) in [
+            (vec![2, 2, 2], DType::U8),
+            (vec![3, 2, 2], DType::F32),
+            (vec![4], DType::U8),
+        ] {
             let tensor = Tensor::ones(shape.clone(), dtype, &Device::Cpu).unwrap();
             assert!(Image::from_tensor(&tensor).is_err(), "{shape:?} {dtype:?}");
         }

@@ -25,7 +25,12 @@ pub(crate) struct FakeState {
 
 /// A multi-array of a fixed shape.
 pub(crate) fn array(dtype: DType, shape: &[usize]) -> ArrayDescription {
-    ArrayDescription { dtype, shape: shape.to_vec(), flexibility: Flexibility::Fixed, default_value: None }
+    ArrayDescription {
+        dtype,
+        shape: shape.to_vec(),
+        flexibility: Flexibility::Fixed,
+        default_value: None,
+    }
 }
 
 /// A required multi-array feature.
@@ -35,13 +40,21 @@ pub(crate) fn feature(name: &str, array: ArrayDescription) -> Feature {
 
 /// A required feature of any kind.
 pub(crate) fn typed(name: &str, ty: FeatureType) -> Feature {
-    Feature { name: name.into(), description: String::new(), ty, optional: false }
+    Feature {
+        name: name.into(),
+        description: String::new(),
+        ty,
+        optional: false,
+    }
 }
 
 /// An optional multi-array feature.
 pub(crate) fn optional(name: &str, mut array: ArrayDescription, default_value: Option<f64>) -> Feature {
     array.default_value = default_value;
-    Feature { optional: true, ..feature(name, array) }
+    Feature {
+        optional: true,
+        ..feature(name, array)
+    }
 }
 
 /// A state of a fixed shape.
@@ -63,7 +76,11 @@ impl FakeEngine {
             specification_version: 9,
             ..Description::default()
         };
-        Arc::new(FakeEngine { description: Arc::new(description), function: 0, run: Arc::new(run) })
+        Arc::new(FakeEngine {
+            description: Arc::new(description),
+            function: 0,
+            run: Arc::new(run),
+        })
     }
 }
 
@@ -81,14 +98,24 @@ impl Engine for FakeEngine {
     }
 
     fn with_function(&self, name: &str) -> Result<Arc<dyn Engine>, Error> {
-        let function = self.description.functions.iter().position(|f| f.name == name).unwrap();
-        Ok(Arc::new(FakeEngine { function, ..self.clone() }))
+        let function = self
+            .description
+            .functions
+            .iter()
+            .position(|f| f.name == name)
+            .unwrap();
+        Ok(Arc::new(FakeEngine {
+            function,
+            ..self.clone()
+        }))
     }
 
     fn make_state(&self) -> Result<Box<dyn EngineState>, Error> {
         let mut state = FakeState::default();
         for feature in &self.function().states {
-            let FeatureType::State(array) = &feature.ty else { panic!("not a state") };
+            let FeatureType::State(array) = &feature.ty else {
+                panic!("not a state")
+            };
             let zeros = Tensor::zeros(array.shape.as_slice(), candle_core::DType::F32, &Device::Cpu)?;
             state.buffers.insert(feature.name.clone(), zeros);
         }
@@ -101,7 +128,10 @@ impl Engine for FakeEngine {
         state: Option<&mut dyn EngineState>,
     ) -> Result<Vec<(String, Value)>, Error> {
         let state = state.map(|s| s.as_any_mut().downcast_mut::<FakeState>().unwrap());
-        (self.run)(inputs, state).map_err(|source| Error::Engine { engine: EngineKind::Portable, source })
+        (self.run)(inputs, state).map_err(|source| Error::Engine {
+            engine: EngineKind::Portable,
+            source,
+        })
     }
 }
 

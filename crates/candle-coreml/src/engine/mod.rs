@@ -6,10 +6,11 @@
 #[cfg(test)]
 pub(crate) mod fake;
 
+use crate::builder::{Options, Origin};
 use crate::error::Error;
 use crate::value::Value;
 use candle_core::Tensor;
-use candle_coreml_mil::{Description, FunctionDescription};
+use candle_coreml_mil::{Description, FunctionDescription, Model};
 use half::f16;
 use std::any::Any;
 use std::sync::Arc;
@@ -119,8 +120,48 @@ pub(crate) enum Data<'a> {
     I8(&'a [i8]),
 }
 
-/// Opens a model with the engine asked for. The two ways to open it are given, so that the rule is the same everywhere.
-pub(crate) fn choose<T>(
+/// Opens a model with the engine asked for.
+pub(crate) fn open(origin: &Origin, options: &Options) -> Result<Arc<dyn Engine>, Error> {
+    choose(
+        options.engine,
+        || open_apple(origin, options),
+        || open_portable(origin, options),
+    )
+}
+
+fn open_apple(_origin: &Origin, _options: &Options) -> Result<Arc<dyn Engine>, Error> {
+    let reason = if cfg!(target_vendor = "apple") {
+        "this build is without it; the portable engine runs here"
+    } else {
+        "CoreML.framework exists on Apple systems only; the portable engine runs here"
+    };
+    Err(Error::EngineUnavailable {
+        engine: EngineKind::Apple,
+        reason: reason.to_string(),
+    })
+}
+
+fn open_portable(origin: &Origin, _options: &Options) -> Result<Arc<dyn Engine>, Error> {
+    let _model = origin.open()?;
+    Err(Error::EngineUnavailable {
+        engine: EngineKind::Portable,
+        reason: "this build is without it".to_string(),
+    })
+}
+
+impl Origin {
+    /// Reads the model's description and program.
+    fn open(&self) -> Result<Model, Error> {
+        let opened = match self {
+            Origin::Path(path) => Model::open(path),
+            Origin::Memory { source, root } => Model::open_source(source.clone(), root),
+        };
+        opened.map_err(|source| Error::Open { source })
+    }
+}
+
+/// The rule by which an engine is taken. The two ways to open are given, so that the rule is the same on every system.
+fn choose<T>(
     kind: EngineKind,
     apple: impl FnOnce() -> Result<T, Error>,
     portable: impl FnOnce() -> Result<T, Error>,
@@ -147,11 +188,17 @@ mod tests {
     use super::*;
 
     fn absent() -> Result<&'static str, Error> {
-        Err(Error::EngineUnavailable { engine: EngineKind::Apple, reason: "not an Apple system".into() })
+        Err(Error::EngineUnavailable {
+            engine: EngineKind::Apple,
+            reason: "not an Apple system".into(),
+        })
     }
 
     fn refused() -> Result<&'static str, Error> {
-        Err(Error::Engine { engine: EngineKind::Apple, source: "refused".into() })
+        Err(Error::Engine {
+            engine: EngineKind::Apple,
+            source: "refused".into(),
+        })
     }
 
     #[test]
@@ -176,10 +223,16 @@ mod tests {
     #[test]
     fn when_no_engine_opens_the_model_both_refusals_are_said() {
         let words = choose(EngineKind::Auto, refused, || {
-            Err(Error::Engine { engine: EngineKind::Portable, source: "no such op".into() })
+            Err(Error::Engine {
+                engine: EngineKind::Portable,
+                source: "no such op".into(),
+            })
         })
         .unwrap_err()
         .to_string();
-        assert!(words.contains("refused") && words.contains("no such op"), "{words}");
+        assert!(
+            words.contains("refused") && words.contains("no such op"),
+            "{words}"
+        );
     }
 }
