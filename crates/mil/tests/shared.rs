@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_coreml_mil::{FunctionDescription, Model, ModelKind, parse_program, print_program};
+use candle_coreml_mil::{FunctionDescription, Model, ModelKind, parse_program, print_program, same_program};
 
 fn shared_models() -> Option<PathBuf> {
     let shared = std::env::var_os("CANDLE_COREML_SHARED").map_or_else(
@@ -149,5 +149,52 @@ fn descriptions_of_compiled_models_say_what_metadata_json_says() {
         };
         assert_eq!(names(&full), names(&bare), "{}", path.display());
         std::fs::remove_dir_all(&folder).unwrap();
+    }
+}
+
+#[test]
+fn packages_and_their_compiled_forms_hold_the_same_program() {
+    let Some(models) = shared_models() else { return };
+    let real = models.join("real");
+    let mut pairs = vec![(
+        real.join("silero-vad-unified.mlpackage"),
+        real.join("silero-vad-unified.mlmodelc"),
+    )];
+    for entry in std::fs::read_dir(real.join("compiler-pairs")).unwrap() {
+        let folder = entry.unwrap().path();
+        pairs.push((
+            folder.join("input.mlmodel"),
+            folder.join("expected-macos.mlmodelc"),
+        ));
+    }
+    assert!(pairs.len() >= 6);
+    for (package, compiled) in pairs {
+        let (a, b) = (Model::open(&package).unwrap(), Model::open(&compiled).unwrap());
+        same_program(&a, &b).unwrap_or_else(|e| panic!("{}: {e}", package.display()));
+        same_program(&b, &a).unwrap_or_else(|e| panic!("{}: {e}", package.display()));
+        assert_eq!(
+            a.description().functions,
+            b.description().functions,
+            "{}",
+            package.display()
+        );
+    }
+}
+
+/// The compressed forms of silero-vad were compiled from another revision than the packages published beside them: the
+/// first operations differ. The comparison has to notice.
+#[test]
+fn compiled_forms_of_another_revision_are_told_apart() {
+    let Some(models) = shared_models() else { return };
+    for form in ["int8", "palette_4bit", "palette_6bit", "pruned_int8"] {
+        let open =
+            |ending: &str| Model::open(models.join(format!("real/silero-vad-{form}.{ending}"))).unwrap();
+        let found = same_program(&open("mlpackage"), &open("mlmodelc"))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            found.contains("operator: \"expand_dims\" and \"pad\""),
+            "{form}: {found}"
+        );
     }
 }
