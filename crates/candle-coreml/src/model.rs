@@ -69,7 +69,7 @@ impl CoreMLModel {
     /// [`Error::UnknownFunction`] with the functions there are; [`Error::UnknownInput`] or [`Error::UnknownOutput`]
     /// when a configuration that was given does not fit the function.
     pub fn with_function(&self, name: &str) -> Result<Self, Error> {
-        check_function(self.description(), name)?;
+        find_function(self.description(), name)?;
         let config = self.config_given.then(|| Config::clone(&self.config));
         CoreMLModel::with_config(self.engine.with_function(name)?, config)
     }
@@ -299,15 +299,16 @@ impl std::fmt::Debug for CoreMLModel {
     }
 }
 
-/// Refuses a function the model does not have.
-pub(crate) fn check_function(description: &Description, name: &str) -> Result<(), Error> {
-    if description.functions.iter().any(|f| f.name == name) {
-        return Ok(());
-    }
-    Err(Error::UnknownFunction {
-        name: name.to_string(),
-        allowed: description.functions.iter().map(|f| f.name.clone()).collect(),
-    })
+/// The place of a function in the description.
+pub(crate) fn find_function(description: &Description, name: &str) -> Result<usize, Error> {
+    description
+        .functions
+        .iter()
+        .position(|f| f.name == name)
+        .ok_or_else(|| Error::UnknownFunction {
+            name: name.to_string(),
+            allowed: description.functions.iter().map(|f| f.name.clone()).collect(),
+        })
 }
 
 fn tensors<'a>(inputs: &[(&'a str, &'a Tensor)]) -> Vec<(&'a str, Given<'a>)> {
@@ -424,6 +425,11 @@ mod tests {
         let (a, b) = (tensor([1.0, 2.0]), tensor([10.0, 20.0]));
         let model = model();
         assert_eq!(vector(&model.forward(&[&a, &b]).unwrap()), [11.0, 22.0]);
+        assert_eq!(
+            vector(&model.forward(&[&a, &a]).unwrap()),
+            [2.0, 4.0],
+            "one tensor for both inputs"
+        );
         let outputs = model.predict(&[("b", &b), ("a", &a)]).unwrap();
         assert_eq!(outputs.names().collect::<Vec<_>>(), ["sum", "label"]);
         assert_eq!(vector(&outputs.tensor("sum").unwrap()), [11.0, 22.0]);

@@ -1,5 +1,7 @@
 //! The whole way on the portable engine: small models written as MIL text in memory, opened, described and run.
 
+#![allow(clippy::unwrap_used)] // a test stops at what it did not expect
+
 use candle_core::{DType, Device, Module, Tensor};
 use candle_coreml::{
     CoreMLModel, CoreMLModelBuilder, ElementType, EngineKind, Error, FeatureType, Numerics, Source,

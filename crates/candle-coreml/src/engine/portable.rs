@@ -4,7 +4,7 @@ use super::{Array, Data, Engine, EngineKind, EngineState, Input, InputValue};
 use crate::allowed;
 use crate::builder::{Numerics, Options};
 use crate::error::{BoxError, Error};
-use crate::model::check_function;
+use crate::model::find_function;
 use crate::value::{Image, Pixels, Value};
 use candle_core::{Device, Tensor};
 use candle_coreml_kernels::Pool;
@@ -33,7 +33,7 @@ pub(super) fn open(model: Arc<Model>, options: &Options) -> Result<Arc<dyn Engin
         .unwrap_or("main");
     let name = options.function.as_deref().unwrap_or(default).to_string();
     if model.description().kind == ModelKind::Program {
-        check_function(model.description(), &name)?;
+        find_function(model.description(), &name)?;
     }
     let engine_options = portable::Options {
         numerics: match options.numerics {
@@ -51,15 +51,8 @@ pub(super) fn open(model: Arc<Model>, options: &Options) -> Result<Arc<dyn Engin
 impl PortableEngine {
     fn new(model: portable::Model, name: &str) -> Result<Self, Error> {
         let description = model.file().description();
-        check_function(description, name)?;
-        let function = description
-            .functions
-            .iter()
-            .position(|f| f.name == name)
-            .unwrap_or(0);
-        if let Some(described) = description.functions.get(function) {
-            check_kinds(described)?;
-        }
+        let function = find_function(description, name)?;
+        check_kinds(&description.functions[function])?;
         Ok(PortableEngine { model, function })
     }
 }
