@@ -29,7 +29,8 @@ pub fn rotate_half(
         y.shape()
     );
     assert!(
-        (cos.shape() == [positions, size / 2] || cos.shape() == [positions, size]) && sin.shape() == cos.shape(),
+        (cos.shape() == [positions, size / 2] || cos.shape() == [positions, size])
+            && sin.shape() == cos.shape(),
         "rotate_half: cos and sin"
     );
     let (sx, sc, ss, sy) = (x.strides(), cos.strides(), sin.strides(), y.strides());

@@ -10,6 +10,7 @@ fn main() {
     let dir = std::env::args().nth(1).unwrap();
     let passes = std::env::var("NOPASS").is_err();
     let opt = || Options {
+        wide_outputs: true,
         passes,
         ..Default::default()
     };

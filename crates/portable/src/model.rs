@@ -57,6 +57,7 @@ impl Default for Options {
         Options {
             numerics: Numerics::Default,
             passes: true,
+            wide_outputs: false,
             pool: None,
         }
     }
@@ -330,10 +331,10 @@ impl Model {
         workspace.run(plan, &mut states, options)?;
         let mut results = Vec::with_capacity(plan.outputs.len());
         for slot in &plan.outputs {
-            results.push((
-                slot.name.clone(),
-                workspace.read(&self.shared.pool, &slot.operand, slot.dtype, &states)?,
-            ));
+            let wide = self.shared.options.wide_outputs && slot.dtype == mil::DType::Fp16;
+            let dtype = if wide { mil::DType::Fp32 } else { slot.dtype };
+            let value = workspace.read(&self.shared.pool, &slot.operand, dtype, &states)?;
+            results.push((slot.name.clone(), value));
         }
         ready
             .idle

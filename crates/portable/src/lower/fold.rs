@@ -40,10 +40,18 @@ pub fn evaluate(
             .ok_or("internal: a row-major view failed")?;
         return Ok(vec![gather_view(c, *dtype, &layout, pool)?]);
     }
-    let data: Vec<(Data, Layout)> = inputs
+    let place = |c: &&Const| -> OpResult<(Data, Layout)> {
+        let own = Layout::contiguous(&c.shape);
+        let layout = match outputs.first() {
+            Some((_, shape)) if op.broadcasts() => own.broadcast(shape).ok_or("shapes do not broadcast")?,
+            _ => own,
+        };
+        Ok((Data::of(c), layout))
+    };
+    let data = inputs
         .iter()
-        .map(|c| (Data::of(c), Layout::contiguous(&c.shape)))
-        .collect();
+        .map(place)
+        .collect::<OpResult<Vec<(Data, Layout)>>>()?;
     let layouts: Vec<Layout> = outputs.iter().map(|(_, s)| Layout::contiguous(s)).collect();
     let mut floats: Vec<Vec<f32>> = Vec::new();
     let mut ints: Vec<Vec<i32>> = Vec::new();

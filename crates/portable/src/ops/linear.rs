@@ -118,7 +118,13 @@ pub struct Gated {
 
 impl std::fmt::Debug for Gated {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Gated[{}, {}]+{:?}", self.gate.rows(), self.gate.cols(), self.activation)
+        write!(
+            f,
+            "Gated[{}, {}]+{:?}",
+            self.gate.rows(),
+            self.gate.cols(),
+            self.activation
+        )
     }
 }
 
@@ -136,11 +142,22 @@ impl Op for Gated {
         let x = args.f32(0)?;
         let y = args.out_f32(0)?;
         let lx = as_matrix(&layout_of(&x)).ok_or(flat)?;
-        let ly = as_matrix(&Layout { offset: y.offset(), shape: y.shape().into(), strides: y.strides().into() });
+        let ly = as_matrix(&Layout {
+            offset: y.offset(),
+            shape: y.shape().into(),
+            strides: y.strides().into(),
+        });
         let ly = ly.ok_or(flat)?;
         let x = kernels::View::new(x.data(), lx.offset, &lx.shape, &lx.strides).ok_or(flat)?;
         let y = kernels::ViewMut::new(y.into_data(), ly.offset, &ly.shape, &ly.strides).ok_or(flat)?;
-        kernels::gated(args.pool, x, (&self.gate, &self.up), self.activation, y, args.scratch);
+        kernels::gated(
+            args.pool,
+            x,
+            (&self.gate, &self.up),
+            self.activation,
+            y,
+            args.scratch,
+        );
         Ok(())
     }
 }
@@ -167,10 +184,15 @@ impl Op for LinearMany {
         let lx = as_matrix(&layout_of(&x)).ok_or(flat)?;
         let rows = lx.shape[0];
         let x = kernels::View::new(x.data(), lx.offset, &lx.shape, &lx.strides).ok_or(flat)?;
-        let layers: SmallVec<[(&Weights, Option<&[f32]>); 4]> =
-            self.layers.iter().map(|l| (&l.weights, l.bias.as_deref())).collect();
-        let sizes: SmallVec<[([usize; 2], [isize; 2]); 4]> =
-            layers.iter().map(|(w, _)| ([rows, w.rows()], [w.rows() as isize, 1])).collect();
+        let layers: SmallVec<[(&Weights, Option<&[f32]>); 4]> = self
+            .layers
+            .iter()
+            .map(|l| (&l.weights, l.bias.as_deref()))
+            .collect();
+        let sizes: SmallVec<[([usize; 2], [isize; 2]); 4]> = layers
+            .iter()
+            .map(|(w, _)| ([rows, w.rows()], [w.rows() as isize, 1]))
+            .collect();
         let mut outputs: SmallVec<[kernels::ViewMut<'_, f32>; 4]> = SmallVec::new();
         for (i, (shape, strides)) in sizes.iter().enumerate() {
             let y = args.out_f32(i)?;

@@ -32,10 +32,25 @@ impl Op for Rotary {
         let y = args.out_f32(0)?;
         let tail = |l: Layout, keep: usize| {
             let from = l.shape.len() - keep;
-            Layout { offset: l.offset, shape: l.shape[from..].into(), strides: l.strides[from..].into() }
+            Layout {
+                offset: l.offset,
+                shape: l.shape[from..].into(),
+                strides: l.strides[from..].into(),
+            }
         };
-        let (lx, lc, ls) = (tail(layout_of(&x), 3), tail(layout_of(&cos), 2), tail(layout_of(&sin), 2));
-        let ly = tail(Layout { offset: y.offset(), shape: y.shape().into(), strides: y.strides().into() }, 3);
+        let (lx, lc, ls) = (
+            tail(layout_of(&x), 3),
+            tail(layout_of(&cos), 2),
+            tail(layout_of(&sin), 2),
+        );
+        let ly = tail(
+            Layout {
+                offset: y.offset(),
+                shape: y.shape().into(),
+                strides: y.strides().into(),
+            },
+            3,
+        );
         debug_assert_eq!(elements(&lx.shape), elements(x.shape()));
         let bad = "internal: a rotary view failed";
         kernels::rotate_half(

@@ -65,7 +65,11 @@ fn through_reshape(r: &Rewriter, v: ValueId) -> ValueId {
     match r.find::<View>(v) {
         Some((View::Reshape(_), n)) => {
             let (from, to) = (r.shape(n.inputs[0]), r.shape(v));
-            if from.last_chunk::<2>() == to.last_chunk::<2>() { n.inputs[0] } else { v }
+            if from.last_chunk::<2>() == to.last_chunk::<2>() {
+                n.inputs[0]
+            } else {
+                v
+            }
         }
         _ => v,
     }
@@ -92,13 +96,17 @@ fn product(r: &Rewriter, v: ValueId) -> Option<(ValueId, ValueId, f32)> {
     let (at, scale) = match r.find::<BinaryNode>(v) {
         Some((BinaryNode(Binary::Mul), n)) => {
             let (a, b) = (n.inputs[0], n.inputs[1]);
-            r.scalar(b).map(|s| (a, s)).or_else(|| r.scalar(a).map(|s| (b, s)))?
+            r.scalar(b)
+                .map(|s| (a, s))
+                .or_else(|| r.scalar(a).map(|s| (b, s)))?
         }
         Some((BinaryNode(Binary::Div), n)) => (n.inputs[0], 1.0 / r.scalar(n.inputs[1])?),
         _ => (v, 1.0),
     };
     let (_, n) = r.find::<MatMul>(at)?;
-    let (View::Permute(perm), turned) = r.find::<View>(n.inputs[1])? else { return None };
+    let (View::Permute(perm), turned) = r.find::<View>(n.inputs[1])? else {
+        return None;
+    };
     let rank = perm.len();
     let swaps = rank >= 2
         && perm[..rank - 2].iter().enumerate().all(|(i, &p)| i == p)
@@ -131,7 +139,10 @@ fn ungroup_inputs(r: &mut Rewriter, node: &Node) -> Option<()> {
 /// For `[1.., H, T, D]` made by repeating each of `H / g` heads `g` times in a row: g, and the value before.
 fn repeated_heads(r: &Rewriter, v: ValueId) -> Option<(usize, ValueId)> {
     let shape = r.shape(v);
-    let (heads, inner) = (*shape.get(shape.len().checked_sub(3)?)?, elements(&shape[shape.len() - 2..]));
+    let (heads, inner) = (
+        *shape.get(shape.len().checked_sub(3)?)?,
+        elements(&shape[shape.len() - 2..]),
+    );
     if elements(&shape) != heads * inner {
         return None;
     }
@@ -143,7 +154,9 @@ fn repeated_heads(r: &Rewriter, v: ValueId) -> Option<(usize, ValueId)> {
             View::Reshape(_) => at = from,
             View::Broadcast(wide) => {
                 let narrow = r.shape(from);
-                let grown: Vec<usize> = (0..wide.len()).filter(|&i| narrow.get(i) != wide.get(i)).collect();
+                let grown: Vec<usize> = (0..wide.len())
+                    .filter(|&i| narrow.get(i) != wide.get(i))
+                    .collect();
                 let &[d] = grown.as_slice() else { return None };
                 let right = elements(&wide[d + 1..]);
                 return (narrow.len() == wide.len() && right == inner).then(|| (wide[d], from));

@@ -13,7 +13,9 @@ use std::sync::Arc;
 /// Takes activations and residuals into the products before them, and recognises gated MLPs.
 pub fn epilogues(graph: Graph) -> Graph {
     let graph = rewrite(graph, |r, node| activation(r, node).is_some());
-    rewrite(graph, |r, node| gated(r, node).or_else(|| residual(r, node)).is_some())
+    rewrite(graph, |r, node| {
+        gated(r, node).or_else(|| residual(r, node)).is_some()
+    })
 }
 
 /// `act(linear(x))`.
@@ -24,14 +26,22 @@ fn activation(r: &mut Rewriter, node: &Node) -> Option<()> {
     if linear.activation.is_some() || source.inputs.len() > 1 || !r.used_once(product) {
         return None;
     }
-    let (op, x) = (Linear { activation: Some(act), ..linear.clone() }, source.inputs[0]);
+    let (op, x) = (
+        Linear {
+            activation: Some(act),
+            ..linear.clone()
+        },
+        source.inputs[0],
+    );
     r.replace(node, Arc::new(op), &[x]);
     Some(())
 }
 
 /// `act(x Wgᵀ) * (x Wuᵀ)`.
 fn gated(r: &mut Rewriter, node: &Node) -> Option<()> {
-    let BinaryNode(Binary::Mul) = as_op::<BinaryNode>(node)? else { return None };
+    let BinaryNode(Binary::Mul) = as_op::<BinaryNode>(node)? else {
+        return None;
+    };
     let (a, b) = (node.inputs[0], node.inputs[1]);
     gated_of(r, node, a, b).or_else(|| gated_of(r, node, b, a))
 }
@@ -46,7 +56,11 @@ fn gated_of(r: &mut Rewriter, node: &Node, gate: ValueId, up: ValueId) -> Option
     if !plain || !same || !alone {
         return None;
     }
-    let op = Gated { gate: g.weights.clone(), up: u.weights.clone(), activation };
+    let op = Gated {
+        gate: g.weights.clone(),
+        up: u.weights.clone(),
+        activation,
+    };
     let x = gate_node.inputs[0];
     r.replace(node, Arc::new(op), &[x]);
     Some(())
@@ -54,11 +68,14 @@ fn gated_of(r: &mut Rewriter, node: &Node, gate: ValueId, up: ValueId) -> Option
 
 /// `linear(x) + r`.
 fn residual(r: &mut Rewriter, node: &Node) -> Option<()> {
-    let BinaryNode(Binary::Add) = as_op::<BinaryNode>(node)? else { return None };
+    let BinaryNode(Binary::Add) = as_op::<BinaryNode>(node)? else {
+        return None;
+    };
     let (a, b) = (node.inputs[0], node.inputs[1]);
     let out = r.shape(node.outputs[0]);
     let fits = |product: ValueId, other: ValueId| {
-        r.find::<Linear>(product).is_some_and(|(_, n)| n.inputs.len() == 1)
+        r.find::<Linear>(product)
+            .is_some_and(|(_, n)| n.inputs.len() == 1)
             && r.used_once(product)
             && r.shape(product) == out
             && r.shape(other) == out
@@ -86,12 +103,26 @@ pub fn share_input(mut graph: Graph) -> Graph {
     let mut first: HashMap<usize, Node> = HashMap::new();
     let mut gone = vec![false; graph.nodes.len()];
     for (x, members) in groups.into_iter().filter(|(_, m)| m.len() > 1) {
-        let layers: Vec<Linear> = members.iter().filter_map(|&i| as_op::<Linear>(&graph.nodes[i]).cloned()).collect();
-        let outputs: SmallVec<_> = members.iter().flat_map(|&i| graph.nodes[i].outputs.clone()).collect();
+        let layers: Vec<Linear> = members
+            .iter()
+            .filter_map(|&i| as_op::<Linear>(&graph.nodes[i]).cloned())
+            .collect();
+        let outputs: SmallVec<_> = members
+            .iter()
+            .flat_map(|&i| graph.nodes[i].outputs.clone())
+            .collect();
         let at = members[0];
         members.iter().for_each(|&i| gone[i] = true);
         let name = graph.nodes[at].name.clone();
-        first.insert(at, Node { name, op: Arc::new(LinearMany { layers }), inputs: smallvec::smallvec![x], outputs });
+        first.insert(
+            at,
+            Node {
+                name,
+                op: Arc::new(LinearMany { layers }),
+                inputs: smallvec::smallvec![x],
+                outputs,
+            },
+        );
     }
     let nodes = std::mem::take(&mut graph.nodes);
     for (i, node) in nodes.into_iter().enumerate() {

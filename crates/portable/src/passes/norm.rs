@@ -25,13 +25,18 @@ pub fn rms_norm(graph: Graph) -> Graph {
 
 /// `layer_norm(concat(x, -x))` with the first half kept: the mean of the doubled vector is 0 and its variance is mean(x²).
 fn doubled(r: &Rewriter, node: &Node) -> Option<(ValueId, f32)> {
-    let View::Slice { begin, step, size } = as_op::<View>(node)? else { return None };
+    let View::Slice { begin, step, size } = as_op::<View>(node)? else {
+        return None;
+    };
     let (norm, normed) = r.find::<LayerNorm>(node.inputs[0])?;
     let (concat, joined) = r.find::<Concat>(normed.inputs[0])?;
-    let &[x, negative] = joined.inputs.as_slice() else { return None };
+    let &[x, negative] = joined.inputs.as_slice() else {
+        return None;
+    };
     let shape = r.shape(x);
     let first_half = begin.iter().all(|&b| b == 0) && step.iter().all(|&s| s == 1) && *size == shape;
-    let plain = norm.axes == 1 && norm.gamma.is_none() && norm.beta.is_none() && concat.axis + 1 == shape.len();
+    let plain =
+        norm.axes == 1 && norm.gamma.is_none() && norm.beta.is_none() && concat.axis + 1 == shape.len();
     (first_half && plain && is_negative(r, negative, x)).then_some((x, norm.eps))
 }
 
@@ -39,7 +44,9 @@ fn is_negative(r: &Rewriter, v: ValueId, x: ValueId) -> bool {
     if let Some((UnaryNode(Unary::Neg), n)) = r.find::<UnaryNode>(v) {
         return n.inputs[0] == x;
     }
-    let Some((BinaryNode(Binary::Mul), n)) = r.find::<BinaryNode>(v) else { return false };
+    let Some((BinaryNode(Binary::Mul), n)) = r.find::<BinaryNode>(v) else {
+        return false;
+    };
     let (a, b) = (n.inputs[0], n.inputs[1]);
     (a == x && r.scalar(b) == Some(-1.0)) || (b == x && r.scalar(a) == Some(-1.0))
 }
@@ -51,7 +58,9 @@ fn spelled_out(r: &Rewriter, node: &Node) -> Option<(ValueId, f32)> {
     match op {
         Binary::Mul => rms_of(r, a, b).or_else(|| rms_of(r, b, a)),
         Binary::Div => {
-            let (UnaryNode(Unary::Sqrt), root) = r.find::<UnaryNode>(b)? else { return None };
+            let (UnaryNode(Unary::Sqrt), root) = r.find::<UnaryNode>(b)? else {
+                return None;
+            };
             mean_square(r, root.inputs[0], a).map(|eps| (a, eps))
         }
         _ => None,
@@ -59,7 +68,9 @@ fn spelled_out(r: &Rewriter, node: &Node) -> Option<(ValueId, f32)> {
 }
 
 fn rms_of(r: &Rewriter, x: ValueId, factor: ValueId) -> Option<(ValueId, f32)> {
-    let (UnaryNode(Unary::Rsqrt { eps }), root) = r.find::<UnaryNode>(factor)? else { return None };
+    let (UnaryNode(Unary::Rsqrt { eps }), root) = r.find::<UnaryNode>(factor)? else {
+        return None;
+    };
     mean_square(r, root.inputs[0], x).map(|inner| (x, inner + eps))
 }
 
@@ -68,7 +79,9 @@ fn mean_square(r: &Rewriter, v: ValueId, x: ValueId) -> Option<f32> {
     let (mean, eps) = match r.find::<BinaryNode>(v) {
         Some((BinaryNode(Binary::Add), n)) => {
             let (a, b) = (n.inputs[0], n.inputs[1]);
-            r.scalar(b).map(|e| (a, e)).or_else(|| r.scalar(a).map(|e| (b, e)))?
+            r.scalar(b)
+                .map(|e| (a, e))
+                .or_else(|| r.scalar(a).map(|e| (b, e)))?
         }
         _ => (v, 0.0),
     };
@@ -95,16 +108,28 @@ fn is_square(r: &Rewriter, v: ValueId, x: ValueId) -> bool {
 }
 
 fn weighted(r: &mut Rewriter, node: &Node) -> Option<()> {
-    let BinaryNode(Binary::Mul) = as_op::<BinaryNode>(node)? else { return None };
+    let BinaryNode(Binary::Mul) = as_op::<BinaryNode>(node)? else {
+        return None;
+    };
     let (a, b) = (node.inputs[0], node.inputs[1]);
-    let (normed, weight) = if r.find::<RmsNorm>(a).is_some() { (a, b) } else { (b, a) };
+    let (normed, weight) = if r.find::<RmsNorm>(a).is_some() {
+        (a, b)
+    } else {
+        (b, a)
+    };
     let (norm, source) = r.find::<RmsNorm>(normed)?;
     let shape = r.shape(normed);
     let vector = r.vector(weight, *shape.last()?)?;
     if norm.weight.is_some() || !r.used_once(normed) || r.shape(node.outputs[0]) != shape {
         return None;
     }
-    let (op, x) = (RmsNorm { weight: Some(vector), eps: norm.eps }, source.inputs[0]);
+    let (op, x) = (
+        RmsNorm {
+            weight: Some(vector),
+            eps: norm.eps,
+        },
+        source.inputs[0],
+    );
     r.replace(node, Arc::new(op), &[x]);
     Some(())
 }
@@ -112,14 +137,18 @@ fn weighted(r: &mut Rewriter, node: &Node) -> Option<()> {
 /// `exp(x - max(x)) / sum(exp(x - max(x)))` over the last dimension.
 pub fn softmax(graph: Graph) -> Graph {
     rewrite(graph, |r, node| {
-        let Some(x) = spelled_softmax(r, node) else { return false };
+        let Some(x) = spelled_softmax(r, node) else {
+            return false;
+        };
         r.replace(node, Arc::new(Softmax), &[x]);
         true
     })
 }
 
 fn spelled_softmax(r: &Rewriter, node: &Node) -> Option<ValueId> {
-    let BinaryNode(Binary::Div) = as_op::<BinaryNode>(node)? else { return None };
+    let BinaryNode(Binary::Div) = as_op::<BinaryNode>(node)? else {
+        return None;
+    };
     let (exp, sum) = (node.inputs[0], node.inputs[1]);
     let over_last = |v: ValueId, kind: Reduce| {
         let (op, n) = r.find::<ReduceNode>(v)?;
@@ -129,8 +158,12 @@ fn spelled_softmax(r: &Rewriter, node: &Node) -> Option<ValueId> {
     if over_last(sum, Reduce::Sum)? != exp {
         return None;
     }
-    let (UnaryNode(Unary::Exp), e) = r.find::<UnaryNode>(exp)? else { return None };
-    let (BinaryNode(Binary::Sub), s) = r.find::<BinaryNode>(e.inputs[0])? else { return None };
+    let (UnaryNode(Unary::Exp), e) = r.find::<UnaryNode>(exp)? else {
+        return None;
+    };
+    let (BinaryNode(Binary::Sub), s) = r.find::<BinaryNode>(e.inputs[0])? else {
+        return None;
+    };
     let x = s.inputs[0];
     (over_last(s.inputs[1], Reduce::Max)? == x).then_some(x)
 }

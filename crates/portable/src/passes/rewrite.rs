@@ -22,7 +22,13 @@ pub struct Rewriter {
 pub fn rewrite(mut graph: Graph, mut visit: impl FnMut(&mut Rewriter, &Node) -> bool) -> Graph {
     let uses = graph.uses();
     let nodes = std::mem::take(&mut graph.nodes);
-    let mut r = Rewriter { graph, done: Vec::with_capacity(nodes.len()), by: HashMap::new(), uses, instead: HashMap::new() };
+    let mut r = Rewriter {
+        graph,
+        done: Vec::with_capacity(nodes.len()),
+        by: HashMap::new(),
+        uses,
+        instead: HashMap::new(),
+    };
     for mut node in nodes {
         for v in &mut node.inputs {
             *v = r.current(*v);
@@ -94,7 +100,14 @@ impl Rewriter {
     }
 
     /// Adds a node of one result before the one being visited.
-    pub fn emit(&mut self, at: &Node, op: impl Op, inputs: &[ValueId], dtype: DType, shape: &[usize]) -> ValueId {
+    pub fn emit(
+        &mut self,
+        at: &Node,
+        op: impl Op,
+        inputs: &[ValueId],
+        dtype: DType,
+        shape: &[usize],
+    ) -> ValueId {
         let id = self.graph.add_value(at.name.clone(), dtype, shape, Source::Node);
         self.uses.push(inputs.len() as u32);
         let node = Node {
@@ -118,7 +131,11 @@ impl Rewriter {
 
     /// Puts an operation with other inputs in the place of the node being visited.
     pub fn replace(&mut self, node: &Node, op: Arc<dyn Op>, inputs: &[ValueId]) {
-        self.push(Node { op, inputs: inputs.into(), ..node.clone() });
+        self.push(Node {
+            op,
+            inputs: inputs.into(),
+            ..node.clone()
+        });
     }
 
     /// Makes every later reader of the node's result read `v` instead.

@@ -30,7 +30,10 @@ fn fits(r: &Rewriter, x: ValueId, cos: ValueId, sin: ValueId) -> bool {
     let leading_ones = sc.len() >= 2 && sc[..sc.len() - 2].iter().all(|&d| d == 1);
     let batch_one = rank >= 3 && sx[..rank - 3].iter().all(|&d| d == 1);
     let rows = sc.len() >= 2 && rank >= 3 && sc[sc.len() - 2] == sx[rank - 2];
-    let last = sx.last().zip(sc.last()).is_some_and(|(&d, &n)| d % 2 == 0 && (n == d || n * 2 == d));
+    let last = sx
+        .last()
+        .zip(sc.last())
+        .is_some_and(|(&d, &n)| d % 2 == 0 && (n == d || n * 2 == d));
     leading_ones && batch_one && rows && last && sc == r.shape(sin)
 }
 
@@ -41,7 +44,9 @@ fn binary(r: &Rewriter, v: ValueId, want: Binary) -> Option<(ValueId, ValueId)> 
 
 /// The value whose lower (0) or upper (1) half along the last dimension this is.
 fn half(r: &Rewriter, v: ValueId) -> Option<(ValueId, usize)> {
-    let (View::Slice { begin, step, size }, n) = r.find::<View>(v)? else { return None };
+    let (View::Slice { begin, step, size }, n) = r.find::<View>(v)? else {
+        return None;
+    };
     let x = n.inputs[0];
     let shape = r.shape(x);
     let (last, lead) = (*shape.last()?, shape.len() - 1);
@@ -60,13 +65,17 @@ fn half(r: &Rewriter, v: ValueId) -> Option<(ValueId, usize)> {
 /// A product of one half of something with a table: (source, which half, table).
 fn half_times(r: &Rewriter, v: ValueId) -> Option<(ValueId, usize, ValueId)> {
     let (a, b) = binary(r, v, Binary::Mul)?;
-    half(r, a).map(|(x, h)| (x, h, b)).or_else(|| half(r, b).map(|(x, h)| (x, h, a)))
+    half(r, a)
+        .map(|(x, h)| (x, h, b))
+        .or_else(|| half(r, b).map(|(x, h)| (x, h, a)))
 }
 
 /// `concat(x1 * cos - x2 * sin, x2 * cos + x1 * sin)`.
 fn on_halves(r: &Rewriter, node: &Node) -> Option<(ValueId, ValueId, ValueId)> {
     let concat = as_op::<Concat>(node)?;
-    let &[low, high] = node.inputs.as_slice() else { return None };
+    let &[low, high] = node.inputs.as_slice() else {
+        return None;
+    };
     if concat.axis + 1 != r.shape(low).len() {
         return None;
     }
@@ -75,14 +84,20 @@ fn on_halves(r: &Rewriter, node: &Node) -> Option<(ValueId, ValueId, ValueId)> {
     let (x2, h2, sin) = half_times(r, b)?;
     let (c, d) = binary(r, high, Binary::Add)?;
     let (third, fourth) = (half_times(r, c)?, half_times(r, d)?);
-    let (cosine, sine) = if third.1 == 1 { (third, fourth) } else { (fourth, third) };
+    let (cosine, sine) = if third.1 == 1 {
+        (third, fourth)
+    } else {
+        (fourth, third)
+    };
     let fits = h1 == 0 && h2 == 1 && x == x2 && cosine == (x, 1, cos) && sine == (x, 0, sin);
     fits.then_some((x, cos, sin))
 }
 
 /// `x * cos + concat(-x2, x1) * sin`.
 fn swapped(r: &Rewriter, node: &Node) -> Option<(ValueId, ValueId, ValueId)> {
-    let BinaryNode(Binary::Add) = as_op::<BinaryNode>(node)? else { return None };
+    let BinaryNode(Binary::Add) = as_op::<BinaryNode>(node)? else {
+        return None;
+    };
     let (a, b) = (node.inputs[0], node.inputs[1]);
     with_turned(r, a, b).or_else(|| with_turned(r, b, a))
 }
@@ -107,7 +122,9 @@ fn with_turned(r: &Rewriter, straight: ValueId, turned: ValueId) -> Option<(Valu
 /// The x of `concat(-x2, x1)` along the last dimension.
 fn turned_source(r: &Rewriter, v: ValueId) -> Option<ValueId> {
     let (concat, n) = r.find::<Concat>(v)?;
-    let &[low, high] = n.inputs.as_slice() else { return None };
+    let &[low, high] = n.inputs.as_slice() else {
+        return None;
+    };
     let upper = match r.find::<UnaryNode>(low) {
         Some((UnaryNode(Unary::Neg), n)) => n.inputs[0],
         _ => {
@@ -121,6 +138,8 @@ fn turned_source(r: &Rewriter, v: ValueId) -> Option<ValueId> {
             }
         }
     };
-    let ((x2, 1), (x1, 0)) = (half(r, upper)?, half(r, high)?) else { return None };
+    let ((x2, 1), (x1, 0)) = (half(r, upper)?, half(r, high)?) else {
+        return None;
+    };
     (x1 == x2 && concat.axis + 1 == r.shape(v).len()).then_some(x1)
 }

@@ -15,7 +15,9 @@ use std::sync::Arc;
 pub fn simplify(graph: Graph) -> Graph {
     let mut seen: HashMap<(String, Vec<ValueId>), ValueId> = HashMap::new();
     rewrite(graph, |r, node| {
-        let Some(view) = as_op::<View>(node) else { return false };
+        let Some(view) = as_op::<View>(node) else {
+            return false;
+        };
         let (x, out) = (node.inputs[0], node.outputs[0]);
         if let View::Same = view {
             r.alias(node, x);
@@ -53,7 +55,9 @@ fn shortest(r: &Rewriter, view: &View, x: ValueId, target: &[usize]) -> (View, V
         if order.iter().enumerate().all(|(i, &o)| i == o) {
             best = (View::Reshape(target.into()), at);
         }
-        let Some((view, node)) = r.find::<View>(at) else { break };
+        let Some((view, node)) = r.find::<View>(at) else {
+            break;
+        };
         let from = node.inputs[0];
         match unit_order(view, &r.shape(from), &r.shape(at)) {
             Some(inner) => order = order.iter().map(|&o| inner[o]).collect(),
@@ -142,7 +146,10 @@ fn sink_binary(r: &mut Rewriter, node: &Node) -> Option<()> {
         return None;
     }
     let (left, right) = (movable(r, a), movable(r, b));
-    let (view, shape) = left.as_ref().or(right.as_ref()).map(|(v, _, s)| (v.clone(), s.clone()))?;
+    let (view, shape) = left
+        .as_ref()
+        .or(right.as_ref())
+        .map(|(v, _, s)| (v.clone(), s.clone()))?;
     let moved = |r: &mut Rewriter, v: ValueId, known: Option<(View, ValueId, Shape)>| match known {
         Some((w, x, _)) if w == view && r.shape(x) == shape => Some(x),
         _ => {
