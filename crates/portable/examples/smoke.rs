@@ -3,6 +3,29 @@ use candle_coreml_portable::*;
 use half::f16;
 use std::sync::Arc;
 use std::time::Instant;
+#[derive(Default)]
+struct Prof(std::collections::BTreeMap<String, (u32, f64)>);
+impl Observer for Prof {
+    fn wants_results(&self) -> bool {
+        false
+    }
+    fn after(&mut self, s: &plan::Step, e: std::time::Duration, _: &[OwnedArray]) {
+        let mut n = format!("{:?}", s.op);
+        n.truncate(60);
+        let x = self.0.entry(n).or_default();
+        x.0 += 1;
+        x.1 += e.as_secs_f64();
+    }
+}
+impl Prof {
+    fn show(&self) {
+        let mut v: Vec<_> = self.0.iter().collect();
+        v.sort_by(|a, b| b.1.1.total_cmp(&a.1.1));
+        for (n, (c, t)) in v.iter().take(14) {
+            println!("   {n:60} {c:6} {:9.3} ms", t * 1e3);
+        }
+    }
+}
 fn load(p: &str) -> Arc<mil::Model> {
     Arc::new(mil::Model::open(p).unwrap())
 }
@@ -40,6 +63,7 @@ fn main() {
     };
     for p in g["prompts"].as_array().unwrap() {
         state.reset();
+        let mut prof = Prof::default();
         let ids: Vec<i32> = p["prompt_tokens"]
             .as_array()
             .unwrap()
@@ -76,7 +100,7 @@ fn main() {
                 .unwrap();
             let mask: Vec<f16> = (0..64).flat_map(|i| row(pos + i)).collect();
             let pid: Vec<i32> = (pos as i32..pos as i32 + 64).collect();
-            pre.predict(
+            pre.observe(
                 &[
                     ("hidden_states", e[0].1.as_array().unwrap()),
                     (
@@ -102,11 +126,17 @@ fn main() {
                     ),
                 ],
                 Some(&mut state),
+                &mut prof,
             )
             .unwrap();
             pos += 64;
         }
         let tp = t0.elapsed();
+        if std::env::var("PROF").is_ok() {
+            println!("PREFILL");
+            prof.show();
+        }
+        prof = Prof::default();
         let mut all = ids.clone();
         let mut got = vec![];
         let t1 = Instant::now();
@@ -126,7 +156,7 @@ fn main() {
                 .unwrap();
             assert_eq!(e[0].1.shape, [1, 1, h]);
             let o = inf
-                .predict(
+                .observe(
                     &[
                         ("hidden_states", e[0].1.as_array().unwrap()),
                         (
@@ -152,6 +182,7 @@ fn main() {
                         ),
                     ],
                     Some(&mut state),
+                    &mut prof,
                 )
                 .unwrap();
             let l = head
@@ -168,6 +199,10 @@ fn main() {
             got.push(best as i32);
         }
         let td = t1.elapsed();
+        if std::env::var("PROF").is_ok() {
+            println!("DECODE");
+            prof.show();
+        }
         let same = got.iter().zip(&want).take_while(|(a, b)| a == b).count();
         println!(
             "{} prompt {} same {}/{} margin there {:?} prefill {:?} decode {:.1} tok/s",

@@ -182,7 +182,7 @@ impl Model {
     }
 
     /// Shapes of all inputs by declaration or default; `None` where the file gives none.
-    fn default_shapes(&self) -> Option<Vec<Shape>> {
+    pub fn default_shapes(&self) -> Option<Vec<Shape>> {
         let description = self.shared.file.description();
         let named = description.functions.iter().find(|f| f.name == self.name());
         self.tensor_inputs()

@@ -14,6 +14,7 @@ use half::f16;
 use smallvec::SmallVec;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Memory one run needs; reused by the next.
 pub struct Workspace {
@@ -25,8 +26,13 @@ pub struct Workspace {
 
 /// Sees every step after it ran.
 pub trait Observer {
-    /// Called with the step and its results, each read as row-major elements.
-    fn after(&mut self, step: &Step, results: &[OwnedArray]);
+    /// Whether results are wanted; copying them costs far more than most steps.
+    fn wants_results(&self) -> bool {
+        true
+    }
+
+    /// Called with the step, the time it took, and its results (none when they are not wanted).
+    fn after(&mut self, step: &Step, elapsed: Duration, results: &[OwnedArray]);
 }
 
 /// What a run is done with.
@@ -101,19 +107,20 @@ impl Workspace {
         mut options: RunOptions<'_>,
     ) -> Result<(), Error> {
         for (i, step) in plan.steps.iter().enumerate() {
+            let start = options.observer.as_ref().map(|_| Instant::now());
             self.step(i, step, states, options.pool)?;
             if options.faithful {
                 self.round(step);
             }
-            if let Some(observer) = options.observer.as_deref_mut() {
-                let read = |(o, d): (&Operand, &DType)| self.read(options.pool, o, *d, states);
-                let results = step
-                    .outputs
-                    .iter()
-                    .zip(&step.dtypes)
-                    .map(read)
-                    .collect::<Result<Vec<_>, _>>()?;
-                observer.after(step, &results);
+            if let (Some(observer), Some(start)) = (options.observer.as_deref_mut(), start) {
+                let elapsed = start.elapsed();
+                let mut results = Vec::new();
+                if observer.wants_results() {
+                    for (o, dtype) in step.outputs.iter().zip(&step.dtypes) {
+                        results.push(self.read(options.pool, o, *dtype, states)?);
+                    }
+                }
+                observer.after(step, elapsed, &results);
             }
         }
         Ok(())
