@@ -1,0 +1,121 @@
+//! The models in `testdata` (see `make_fixtures.py` there), each as a package and as a compiled form of the same program.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use bytes::Bytes;
+use candle_coreml_mil::{
+    DType, Dim, FeatureType, Flexibility, Model, Source, TensorType, ValueData, parse_program, print_program,
+    same_program,
+};
+
+const TESTDATA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/testdata");
+
+fn open(name: &str) -> Model {
+    Model::open(Path::new(TESTDATA).join(name)).unwrap_or_else(|e| panic!("{e}"))
+}
+
+#[test]
+fn package_and_compiled_form_hold_the_same_program() {
+    for name in ["control_flow", "stateful"] {
+        let (a, b) = (
+            open(&format!("{name}.mlpackage")),
+            open(&format!("{name}.mlmodelc")),
+        );
+        assert_eq!(same_program(&a, &b), Ok(()), "{name}");
+        assert_eq!(same_program(&b, &a), Ok(()), "{name}");
+    }
+    let different = same_program(&open("stateful.mlpackage"), &open("control_flow.mlmodelc"));
+    assert!(different.is_err());
+}
+
+#[test]
+fn compiled_text_prints_byte_for_byte_and_packages_survive_printing() {
+    for name in ["control_flow", "stateful"] {
+        let path = format!("{TESTDATA}/{name}.mlmodelc/model.mil");
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(
+            print_program(&parse_program(&text, &path).unwrap()),
+            text,
+            "{name}"
+        );
+    }
+    for name in ["control_flow", "stateful", "flexible"] {
+        let model = open(&format!("{name}.mlpackage"));
+        let program = model.program().unwrap();
+        assert_eq!(
+            parse_program(&print_program(program), name).unwrap(),
+            *program,
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn memory_gives_the_same_model_as_the_disk() {
+    let mut files = BTreeMap::new();
+    for file in [
+        "Manifest.json",
+        "Data/com.apple.CoreML/model.mlmodel",
+        "Data/com.apple.CoreML/weights/weight.bin",
+    ] {
+        let bytes = std::fs::read(format!("{TESTDATA}/stateful.mlpackage/{file}")).unwrap();
+        files.insert(format!("models/stateful.mlpackage/{file}"), Bytes::from(bytes));
+    }
+    let memory = Model::open_source(Source::memory(files), "models/stateful.mlpackage/").unwrap();
+    let disk = open("stateful.mlpackage");
+    assert_eq!(memory.name(), "stateful");
+    assert_eq!(memory.description(), disk.description());
+    assert_eq!(memory.program(), disk.program());
+    assert_eq!(memory.content_size_bytes(), 864);
+    assert_eq!(same_program(&memory, &disk), Ok(()));
+}
+
+#[test]
+fn descriptions_tell_states_flexible_shapes_and_metadata() {
+    let stateful = open("stateful.mlpackage");
+    let main = &stateful.description().functions[0];
+    let FeatureType::State(cache) = &main.states[0].ty else {
+        panic!("{:?}", main.states)
+    };
+    assert_eq!((cache.dtype, cache.shape.as_slice()), (DType::Fp16, &[1, 16][..]));
+    assert_eq!(stateful.description().metadata.author, "candle-coreml");
+    assert_eq!(stateful.description().specification_version, 9);
+    let flexible = open("flexible.mlpackage");
+    let FeatureType::MultiArray(x) = &flexible.description().functions[0].inputs[0].ty else {
+        panic!()
+    };
+    assert_eq!(x.shape, [2, 3]);
+    assert_eq!(
+        x.flexibility,
+        Flexibility::Ranges(vec![(1, Some(8)), (3, Some(3))])
+    );
+    let input = &flexible.program().unwrap().functions[0].inputs[0];
+    assert_eq!(input.ty.tensor().unwrap().shape, [Dim::Unknown, Dim::Fixed(3)]);
+}
+
+#[test]
+fn packed_weights_come_out_of_the_file_as_they_are() {
+    let model = open("stateful.mlpackage");
+    let op = &model.program().unwrap().functions[0].body.operations[0];
+    let candle_coreml_mil::Argument::Value(indices) = &op.input("indices").unwrap()[0] else {
+        panic!()
+    };
+    let bytes = model.tensor_bytes(indices).unwrap().unwrap();
+    assert_eq!(bytes.len(), 16 * 8 / 2);
+    let file = std::fs::read(format!(
+        "{TESTDATA}/stateful.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
+    ));
+    assert_eq!(bytes, file.unwrap()[128..192]);
+    let ValueData::Blob(blob) = &indices.data else {
+        panic!("{indices:?}")
+    };
+    let error = model
+        .blob(blob, &TensorType::fixed(DType::Uint8, &[64]))
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("weight.bin: blob at offset 64: holds uint4"),
+        "{error}"
+    );
+}
