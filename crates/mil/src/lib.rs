@@ -28,6 +28,7 @@ mod same;
 mod source;
 mod spec;
 mod text;
+mod write;
 
 pub use check::ProgramError;
 pub use description::*;
@@ -37,3 +38,4 @@ pub use program::*;
 pub use same::{Difference, same_program};
 pub use source::Source;
 pub use text::{parse_program, print_program};
+pub use write::PackageWriter;

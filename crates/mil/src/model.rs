@@ -221,7 +221,7 @@ fn read_parts(source: &Source, root: &str) -> Result<Parts> {
         Some(b'p') if bytes.trim_ascii_start().starts_with(b"program") => {
             let program = compiled::read_text(source, root)?;
             Ok(Parts {
-                description: compiled::from_program(&program),
+                description: Description::from_program(&program),
                 program: Some(program),
                 folder: parent(root).to_string(),
                 file: source.display(root),

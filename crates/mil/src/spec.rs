@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::program::Program;
 
 pub(crate) use interface::description as read_description;
+pub(crate) use program::DTYPES;
 
 /// The protobuf format's own limit.
 const MAX_SPEC_BYTES: u64 = (1 << 31) - 1;

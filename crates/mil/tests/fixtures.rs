@@ -5,8 +5,8 @@ use std::path::Path;
 
 use bytes::Bytes;
 use candle_coreml_mil::{
-    DType, Dim, FeatureType, Flexibility, Model, Source, TensorType, ValueData, parse_program, print_program,
-    same_program,
+    DType, Description, Dim, FeatureType, Flexibility, Model, PackageWriter, Source, TensorType, ValueData,
+    parse_program, print_program, same_program,
 };
 
 const TESTDATA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/testdata");
@@ -118,4 +118,66 @@ fn packed_weights_come_out_of_the_file_as_they_are() {
         error.contains("weight.bin: blob at offset 64: holds uint4"),
         "{error}"
     );
+}
+
+#[test]
+fn saved_packages_hold_the_same_program_and_equal_files_each_time() {
+    let folder = std::env::temp_dir().join(format!("candle-coreml-save-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    for name in [
+        "control_flow.mlpackage",
+        "control_flow.mlmodelc",
+        "stateful.mlpackage",
+        "flexible.mlpackage",
+    ] {
+        let model = open(name);
+        let (first, second) = (folder.join("first.mlpackage"), folder.join("second.mlpackage"));
+        model.save_package(&first).unwrap();
+        let saved = Model::open(&first).unwrap();
+        assert_eq!(same_program(&model, &saved), Ok(()), "{name}");
+        assert_eq!(model.description(), saved.description(), "{name}");
+        model.save_package(&second).unwrap();
+        let spec = "Data/com.apple.CoreML/model.mlmodel";
+        assert_eq!(
+            std::fs::read(first.join(spec)).unwrap(),
+            std::fs::read(second.join(spec)).unwrap(),
+            "{name}"
+        );
+        assert!(
+            model.save_package(&first).is_err(),
+            "an existing package is not overwritten"
+        );
+        std::fs::remove_dir_all(&first).unwrap();
+        std::fs::remove_dir_all(&second).unwrap();
+    }
+    // The two biases of zeros are one weight now.
+    let (model, path) = (open("stateful.mlpackage"), folder.join("s.mlpackage"));
+    model.save_package(&path).unwrap();
+    assert!(Model::open(&path).unwrap().content_size_bytes() < model.content_size_bytes());
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
+#[test]
+fn an_unfinished_package_leaves_nothing_behind() {
+    let folder = std::env::temp_dir().join(format!("candle-coreml-unfinished-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let program = open("stateful.mlpackage").program().unwrap().clone();
+    let description = Description::from_program(&program);
+    let path = folder.join("a.mlpackage");
+    let start = || PackageWriter::create(&path).unwrap();
+    let mut writer = start();
+    writer
+        .weight(&TensorType::fixed(DType::Fp16, &[1]), &[0, 0])
+        .unwrap();
+    drop(writer);
+    let error = start().finish(&program, &description).unwrap_err().to_string();
+    assert!(
+        error.contains("no weight was written for @model_path/weights/weight.bin at 64"),
+        "{error}"
+    );
+    let mut broken = program.clone();
+    broken.functions[0].body.outputs.push("nothing".to_string());
+    assert!(start().finish(&broken, &description).is_err());
+    assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 0);
+    std::fs::remove_dir_all(&folder).unwrap();
 }

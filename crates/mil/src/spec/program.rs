@@ -7,6 +7,7 @@ use coreml_proto::proto::mil_spec as pb;
 use pb::tensor_value::Value as Elements;
 use pb::value::immediate_value::Value as Immediate;
 
+use crate::blob::padding_bits;
 use crate::check::check_count;
 use crate::element::{Number, Packer};
 use crate::error::{Problem, problem};
@@ -267,7 +268,7 @@ fn tensor_data(ty: &TensorType, elements: Option<&Elements>) -> Result<ValueData
             if dtype == DType::Bool && b.values.iter().any(|b| *b > 1) {
                 return Err(problem!("a boolean that is neither 0 nor 1"));
             }
-            b.values.clone()
+            without_padding(ty, b.values.clone())
         }
         Some(Elements::Floats(f)) if dtype == DType::Fp32 => {
             check_count(ty, f.values.len())?;
@@ -285,6 +286,14 @@ fn tensor_data(ty: &TensorType, elements: Option<&Elements>) -> Result<ValueData
         Some(Elements::Strings(_)) => return Err(problem!("strings for a tensor of {dtype}")),
     };
     Ok(ValueData::Tensor(bytes.into()))
+}
+
+/// Clears the bits behind the last packed element, which some writers leave as they were.
+fn without_padding(ty: &TensorType, mut bytes: Vec<u8>) -> Vec<u8> {
+    if let Some(last) = bytes.last_mut() {
+        *last &= 0xff >> padding_bits(ty);
+    }
+    bytes
 }
 
 /// Unsigned types as wide as the list they are kept in use its sign bit.
@@ -387,7 +396,7 @@ mod tests {
             (tensor(DType::Uint32, &[1]), ints(&[-1]), &[255; 4]),
             (tensor(DType::Uint64, &[1]), longs(&[-1]), &[255; 8]),
             (tensor(DType::Bool, &[2]), bools, &[1, 0]),
-            (tensor(DType::Uint4, &[3]), bytes(&[0x21, 3]), &[0x21, 3]),
+            (tensor(DType::Uint4, &[3]), bytes(&[0x21, 0xf3]), &[0x21, 3]),
         ];
         for (ty, elements, expected) in cases {
             let found = tensor_data(&ty, Some(&elements));
