@@ -17,6 +17,7 @@ use crate::package::{DATA, MANIFEST};
 use crate::program::{
     Argument, Attributes, BlobRef, Block, Program, TensorType, Value, ValueData, ValueType,
 };
+use crate::same::FLEXIBLE_SHAPES;
 use weights::WeightWriter;
 
 const FOLDER: &str = "com.apple.CoreML";
@@ -221,6 +222,10 @@ impl Model {
         }
         let mut program = program.clone();
         replace_blobs(&mut program, &moved);
+        for f in &mut program.functions {
+            // What the compiler adds: the description says the same, and coremltools refuses functions with attributes.
+            f.attributes.retain(|(name, _)| name != FLEXIBLE_SHAPES);
+        }
         writer.finish(&program, self.description())
     }
 }

@@ -14,6 +14,7 @@ import numpy as np
 from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.mil import types
 from coremltools.converters.mil.mil.program import get_new_symbol
+from coremltools.libmilstoragepython import _BlobStorageWriter as BlobStorageWriter
 
 HERE = Path(__file__).parent
 rng = np.random.default_rng(7)
@@ -33,7 +34,7 @@ def save(model, name):
     ids = {old: f"00000000-0000-0000-0000-{i:012}" for i, (old, _) in enumerate(entries)}
     manifest["itemInfoEntries"] = {ids[old]: entry for old, entry in entries}
     manifest["rootModelIdentifier"] = ids[manifest["rootModelIdentifier"]]
-    (path / "Manifest.json").write_text(json.dumps(manifest, indent=4))
+    (path / "Manifest.json").write_text(json.dumps(manifest, indent=4) + "\n")
     spec_path = path / "Data/com.apple.CoreML/model.mlmodel"
     spec = ct.utils.load_spec(str(spec_path))
     spec.description.metadata.userDefined.pop("com.github.apple.coremltools.conversion_date", None)
@@ -112,7 +113,44 @@ def flexible():
     return convert(program, ct.target.iOS17, inputs=[ct.TensorType(name="x", shape=shape)])
 
 
+def every_dtype():
+    """A compiled model whose weight file coremltools' own writer made: each weight stands in the text as well."""
+    folder = HERE / "every_dtype.mlmodelc"
+    (folder / "weights").mkdir(parents=True, exist_ok=True)
+    path = folder / "weights/weight.bin"
+    path.unlink(missing_ok=True)
+    writer = BlobStorageWriter(str(path))
+    lines = []
+    for name in ["int4", "int8", "int16", "int32", "uint1", "uint2", "uint3", "uint4", "uint6", "uint8", "uint16", "uint32"]:
+        bits = int(name.lstrip("uint"))
+        low, high = (0, 2**bits) if name[0] == "u" else (-(2 ** (bits - 1)), 2 ** (bits - 1))
+        values = rng.integers(low, high, size=13)
+        width = max(8, bits)
+        offset = getattr(writer, f"write_{name}_data")(values.astype(f"{name.rstrip('0123456789')}{width}"))
+        lines.append((name, offset, ", ".join(map(str, values))))
+    floats = weights(13, dtype=np.float32)
+    lines.append(("fp32", writer.write_float_data(floats), ", ".join(hexfloat(x) for x in floats)))
+    halves = weights(13)
+    lines.append(("fp16", writer.write_fp16_data(halves.view(np.uint16)), ", ".join(hexfloat(x) for x in halves)))
+    text = 'program(1.3)\n[buildInfo = dict<string, string>({{"coremlc-version", "3600.25.1"}})]\n{\n'
+    text += "    func main<ios18>() {\n"
+    for name, offset, values in lines:
+        ty = f"tensor<{name}, [13]>"
+        blob = f'BLOBFILE(path = string("@model_path/weights/weight.bin"), offset = uint64({offset}))'
+        text += f"            {ty} file_{name} = const()[val = {ty}({blob})];\n"
+        text += f"            {ty} text_{name} = const()[val = {ty}([{values}])];\n"
+    text += "        } -> (file_fp16);\n}"
+    (folder / "model.mil").write_text(text)
+
+
+def hexfloat(x):
+    """As C's %a without trailing zeros."""
+    mantissa, exponent = float(x).hex().split("p")
+    return f"{mantissa.rstrip('0').rstrip('.')}p{exponent}"
+
+
 if __name__ == "__main__":
     save(control_flow(), "control_flow")
     save(stateful(), "stateful")
     save(flexible(), "flexible")
+    every_dtype()

@@ -31,7 +31,7 @@ fn package_and_compiled_form_hold_the_same_program() {
 
 #[test]
 fn compiled_text_prints_byte_for_byte_and_packages_survive_printing() {
-    for name in ["control_flow", "stateful"] {
+    for name in ["control_flow", "stateful", "every_dtype"] {
         let path = format!("{TESTDATA}/{name}.mlmodelc/model.mil");
         let text = std::fs::read_to_string(&path).unwrap();
         assert_eq!(
@@ -118,6 +118,18 @@ fn packed_weights_come_out_of_the_file_as_they_are() {
         error.contains("weight.bin: blob at offset 64: holds uint4"),
         "{error}"
     );
+}
+
+#[test]
+fn weights_that_coremltools_wrote_are_read_whatever_their_type() {
+    let model = open("every_dtype.mlmodelc");
+    let ops = &model.program().unwrap().functions[0].body.operations;
+    assert_eq!(ops.len(), 2 * 14);
+    for pair in ops.chunks_exact(2) {
+        let bytes =
+            |op: &candle_coreml_mil::Operation| model.tensor_bytes(op.attribute("val").unwrap()).unwrap();
+        assert_eq!(bytes(&pair[0]), bytes(&pair[1]), "{}", pair[0].outputs[0].name);
+    }
 }
 
 #[test]
