@@ -28,6 +28,7 @@ mod same;
 mod source;
 mod spec;
 mod text;
+mod wire;
 mod write;
 
 pub use check::ProgramError;

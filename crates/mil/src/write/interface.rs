@@ -8,9 +8,9 @@ use pb::feature_type::Type;
 use pb::image_feature_type::{ColorSpace as PbColor, SizeFlexibility};
 use prost::Message;
 
-use super::program::WireProgram;
 use crate::description::*;
 use crate::program::DType;
+use crate::wire;
 
 /// `CoreML.Specification.Model` with the fields an ML Program has. The generated types keep maps in hash order; these
 /// have them sorted, so that equal models give equal bytes.
@@ -21,7 +21,7 @@ pub(super) struct WireModel {
     #[prost(message, optional, tag = "2")]
     description: Option<WireDescription>,
     #[prost(message, optional, tag = "502")]
-    program: Option<WireProgram>,
+    program: Option<wire::Program>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -59,7 +59,7 @@ struct WireMetadata {
 }
 
 /// The message. A single function called `main` is described at the top level, as converters do.
-pub(super) fn model(d: &Description, program: WireProgram) -> WireModel {
+pub(super) fn model(d: &Description, program: wire::Program) -> WireModel {
     let mut description = WireDescription {
         metadata: Some(metadata(&d.metadata)),
         ..WireDescription::default()

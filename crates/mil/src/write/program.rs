@@ -1,87 +1,36 @@
 //! A [`Program`] becomes `MILSpec.Program` of the protobuf.
 
-use std::collections::BTreeMap;
-
 use coreml_proto::proto::mil_spec as pb;
 use pb::tensor_value::Value as Elements;
-use prost::Message;
 
 use crate::program::*;
 use crate::spec::DTYPES;
-
-/// The generated messages keep maps in hash order; these have them sorted, so that equal programs give equal bytes.
-#[derive(Clone, PartialEq, Message)]
-pub(super) struct WireProgram {
-    #[prost(int64, tag = "1")]
-    version: i64,
-    #[prost(btree_map = "string, message", tag = "2")]
-    functions: BTreeMap<String, WireFunction>,
-    #[prost(btree_map = "string, message", tag = "4")]
-    attributes: BTreeMap<String, pb::Value>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct WireFunction {
-    #[prost(message, repeated, tag = "1")]
-    inputs: Vec<pb::NamedValueType>,
-    #[prost(string, tag = "2")]
-    opset: String,
-    #[prost(btree_map = "string, message", tag = "3")]
-    block_specializations: BTreeMap<String, WireBlock>,
-    #[prost(btree_map = "string, message", tag = "4")]
-    attributes: BTreeMap<String, pb::Value>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct WireBlock {
-    #[prost(message, repeated, tag = "1")]
-    inputs: Vec<pb::NamedValueType>,
-    #[prost(string, repeated, tag = "2")]
-    outputs: Vec<String>,
-    #[prost(message, repeated, tag = "3")]
-    operations: Vec<WireOperation>,
-    #[prost(btree_map = "string, message", tag = "4")]
-    attributes: BTreeMap<String, pb::Value>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct WireOperation {
-    #[prost(string, tag = "1")]
-    op_type: String,
-    #[prost(btree_map = "string, message", tag = "2")]
-    inputs: BTreeMap<String, pb::Argument>,
-    #[prost(message, repeated, tag = "3")]
-    outputs: Vec<pb::NamedValueType>,
-    #[prost(message, repeated, tag = "4")]
-    blocks: Vec<WireBlock>,
-    #[prost(btree_map = "string, message", tag = "5")]
-    attributes: BTreeMap<String, pb::Value>,
-}
+use crate::wire::{self, Entry, write_map};
 
 /// The message of a program that [`Program::check`] accepts.
-pub(super) fn convert(program: &Program) -> WireProgram {
-    WireProgram {
+pub(super) fn convert(program: &Program) -> wire::Program {
+    wire::Program {
         version: 1,
-        functions: program
-            .functions
-            .iter()
-            .map(|f| (f.name.clone(), function(f)))
-            .collect(),
+        functions: write_map(program.functions.iter().map(|f| (&f.name, f)), function),
         attributes: attributes(&program.attributes),
     }
 }
 
-fn function(f: &Function) -> WireFunction {
-    WireFunction {
+fn function(f: &Function) -> wire::Function {
+    let body = Entry {
+        key: f.opset.clone(),
+        value: Some(block(&f.body)),
+    };
+    wire::Function {
         inputs: named_types(&f.inputs),
         opset: f.opset.clone(),
-        block_specializations: BTreeMap::from([(f.opset.clone(), block(&f.body))]),
+        block_specializations: vec![body],
         attributes: attributes(&f.attributes),
     }
 }
 
-fn block(b: &Block) -> WireBlock {
-    WireBlock {
+fn block(b: &Block) -> wire::Block {
+    wire::Block {
         inputs: named_types(&b.inputs),
         outputs: b.outputs.clone(),
         operations: b.operations.iter().map(operation).collect(),
@@ -89,21 +38,21 @@ fn block(b: &Block) -> WireBlock {
     }
 }
 
-fn operation(op: &Operation) -> WireOperation {
+fn operation(op: &Operation) -> wire::Operation {
     let argument = |list: &Vec<Argument>| pb::Argument {
         arguments: list.iter().map(binding).collect(),
     };
-    WireOperation {
+    wire::Operation {
         op_type: op.op_type.clone(),
-        inputs: op
-            .inputs
-            .iter()
-            .map(|(name, list)| (name.clone(), argument(list)))
-            .collect(),
+        inputs: write_map(pairs(&op.inputs), argument),
         outputs: named_types(&op.outputs),
         blocks: op.blocks.iter().map(block).collect(),
         attributes: attributes(&op.attributes),
     }
+}
+
+fn pairs<T>(list: &[(String, T)]) -> impl Iterator<Item = (&String, &T)> {
+    list.iter().map(|(name, item)| (name, item))
 }
 
 fn binding(argument: &Argument) -> pb::argument::Binding {
@@ -117,8 +66,8 @@ fn binding(argument: &Argument) -> pb::argument::Binding {
     }
 }
 
-fn attributes(list: &Attributes) -> BTreeMap<String, pb::Value> {
-    list.iter().map(|(name, v)| (name.clone(), value(v))).collect()
+fn attributes(list: &Attributes) -> Vec<Entry<pb::Value>> {
+    write_map(pairs(list), value)
 }
 
 fn named_types(list: &[NamedType]) -> Vec<pb::NamedValueType> {
