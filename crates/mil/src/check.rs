@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use crate::blob::padding_bits;
 use crate::error::{Problem, problem};
 use crate::program::*;
 
@@ -32,6 +33,7 @@ impl Program {
     /// - a name is defined once among those visible (blocks side by side may use the same ones);
     /// - the outputs of functions and blocks exist, and a function's body has no block inputs of its own;
     /// - values have the kind and the number of elements their types say; at most one dimension of a value is unknown;
+    ///   booleans are 0 or 1, and bits behind the last packed element are 0;
     /// - nesting, ranks and the sizes of tensors are within limits (64 levels, 32 dimensions, 128 TiB).
     ///
     /// It does not know operators: whether `conv` has a weight is for those who run the program.
@@ -288,6 +290,12 @@ fn tensor_value(t: &TensorType, bytes: &[u8]) -> Result<()> {
         .ok_or_else(|| problem!("bytes for a tensor of strings"))?;
     if t.dtype == DType::Bool && bytes.iter().any(|b| *b > 1) {
         return Err(problem!("a boolean that is neither 0 nor 1"));
+    }
+    if bytes
+        .last()
+        .is_some_and(|last| last & !(0xff >> padding_bits(t)) != 0)
+    {
+        return Err(problem!("bits set behind the last element of {t}"));
     }
     match t.byte_len() {
         Some(len) if len == bytes.len() => Ok(()),
