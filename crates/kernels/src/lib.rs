@@ -1,1 +1,42 @@
 //! Numeric kernels on slices.
+//!
+//! Everything here works on strided [`View`](strided::View)s of plain numbers and on [`Weights`](weights::Weights) kept
+//! as a model stores them. Work is spread over a [`Pool`](pool::Pool). The crate knows no model format and no
+//! tensor library.
+
+mod arena;
+pub mod attention;
+pub mod conv;
+pub mod copy;
+pub mod elementwise;
+pub mod gather;
+pub mod linear;
+mod loops;
+pub mod matmul;
+pub mod norm;
+pub mod pool;
+pub mod pooling;
+pub mod recurrent;
+pub mod reduce;
+pub mod rope;
+pub mod scratch;
+pub mod strided;
+pub mod weights;
+
+pub use arena::{ALIGN_ELEMENTS, Arena};
+pub use attention::{Attention, attention};
+pub use conv::{Conv, ConvParams, conv, conv_transpose};
+pub use copy::{ConvertTo, copy, f16_to_f32, f32_to_f16, round_to_f16};
+pub use elementwise::*;
+pub use gather::{gather, gather_rows, wrap_index};
+pub use linear::{Epilogue, gated, linear, linear_many};
+pub use matmul::{Operand, matmul_f32};
+pub use norm::*;
+pub use pool::Pool;
+pub use pooling::{Pooling, pool as pool_windows};
+pub use recurrent::{Gate, Lstm, lstm};
+pub use reduce::{Reduce, arg_extreme, reduce, reduce_i32};
+pub use rope::rotate_half;
+pub use scratch::Scratch;
+pub use strided::{View, ViewMut};
+pub use weights::{Weights, WeightsError};

@@ -211,6 +211,47 @@ impl DType {
         })
     }
 
+    /// Bytes that `count` elements take, packed; `None` for strings and sizes that overflow.
+    pub fn byte_len(self, count: usize) -> Option<usize> {
+        let bits = self.bits()?;
+        if bits >= 8 {
+            count.checked_mul(bits / 8)
+        } else {
+            Some(count.checked_mul(bits)?.div_ceil(8))
+        }
+    }
+
+    /// The dtype with that name in MIL text.
+    pub fn from_name(name: &str) -> Option<DType> {
+        DType::ALL.into_iter().find(|d| d.name() == name)
+    }
+
+    /// Every dtype.
+    pub const ALL: [DType; 22] = [
+        DType::Bool,
+        DType::String,
+        DType::Fp16,
+        DType::Fp32,
+        DType::Fp64,
+        DType::Bf16,
+        DType::Int4,
+        DType::Int8,
+        DType::Int16,
+        DType::Int32,
+        DType::Int64,
+        DType::Uint1,
+        DType::Uint2,
+        DType::Uint3,
+        DType::Uint4,
+        DType::Uint6,
+        DType::Uint8,
+        DType::Uint16,
+        DType::Uint32,
+        DType::Uint64,
+        DType::Fp8E4M3FN,
+        DType::Fp8E5M2,
+    ];
+
     /// The name in MIL text: `fp16`, `int32`, `bool`.
     pub fn name(self) -> &'static str {
         match self {
@@ -252,15 +293,52 @@ impl std::fmt::Display for DType {
     }
 }
 
+/// As bare MIL text: `tensor<fp16, [1, ?]>`.
+impl std::fmt::Display for TensorType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "tensor<{}, [", self.dtype)?;
+        for (i, dim) in self.shape.iter().enumerate() {
+            let comma = if i == 0 { "" } else { ", " };
+            match dim {
+                Dim::Fixed(n) => write!(f, "{comma}{n}")?,
+                Dim::Unknown => write!(f, "{comma}?")?,
+            }
+        }
+        f.write_str("]>")
+    }
+}
+
 impl TensorType {
     /// A type with every dimension fixed.
     pub fn fixed(dtype: DType, shape: &[usize]) -> Self {
-        TensorType { dtype, shape: shape.iter().map(|&n| Dim::Fixed(n)).collect() }
+        TensorType {
+            dtype,
+            shape: shape.iter().map(|&n| Dim::Fixed(n)).collect(),
+        }
+    }
+
+    /// Number of elements: the product of the dimensions; `None` where one is unknown or the product overflows.
+    pub fn element_count(&self) -> Option<usize> {
+        let mut count = 1usize;
+        for dim in &self.shape {
+            let Dim::Fixed(n) = dim else { return None };
+            count = count.checked_mul(*n)?;
+        }
+        Some(count)
+    }
+
+    /// Bytes the elements take, packed where they are smaller than a byte; `None` for strings, unknown dimensions and
+    /// sizes that overflow.
+    pub fn byte_len(&self) -> Option<usize> {
+        self.dtype.byte_len(self.element_count()?)
     }
 
     /// The shape where every dimension is fixed.
     pub fn fixed_shape(&self) -> Option<Vec<usize>> {
-        self.shape.iter().map(|d| if let Dim::Fixed(n) = d { Some(*n) } else { None }).collect()
+        self.shape
+            .iter()
+            .map(|d| if let Dim::Fixed(n) = d { Some(*n) } else { None })
+            .collect()
     }
 }
 
@@ -278,7 +356,10 @@ impl ValueType {
 impl Operation {
     /// The argument list bound to parameter `name`.
     pub fn input(&self, name: &str) -> Option<&[Argument]> {
-        self.inputs.iter().find(|(n, _)| n == name).map(|(_, a)| a.as_slice())
+        self.inputs
+            .iter()
+            .find(|(n, _)| n == name)
+            .map(|(_, a)| a.as_slice())
     }
 
     /// The attribute `name`.

@@ -1,1 +1,25 @@
-//! The portable engine.
+//! The portable engine: runs ML Programs in pure Rust on any machine.
+//!
+//! `Program` -> [`lower`] -> [`Graph`] -> [`passes`] -> [`plan::Plan`] -> run. [`Model`] does all of it for the input shapes
+//! it meets and keeps the plans.
+
+mod array;
+pub mod constant;
+mod error;
+pub mod graph;
+pub mod layout;
+pub mod lower;
+mod model;
+pub mod op;
+pub mod ops;
+pub mod passes;
+pub mod plan;
+pub mod run;
+mod state;
+
+pub use array::{Array, Buffer, Data, OwnedArray};
+pub use error::{Error, OpError, OpResult};
+pub use graph::Graph;
+pub use model::{Model, Numerics, Options};
+pub use run::Observer;
+pub use state::State;

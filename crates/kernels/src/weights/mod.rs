@@ -1,0 +1,333 @@
+//! Weight matrices kept as a model stores them: `f32`, `f16`, palettes of 1 to 8 bits, 4- and 8-bit integers.
+
+mod affine;
+mod lut;
+
+pub(crate) use affine::Affine;
+pub(crate) use lut::Lut;
+
+use bytes::Bytes;
+use half::f16;
+use std::sync::Arc;
+
+/// A matrix of `rows` (outputs, N) by `cols` (inputs, K), row-major. Clones share the data.
+///
+/// ```
+/// use candle_coreml_kernels::weights::Weights;
+/// let table = (0..16).map(|i| i as f32).collect();
+/// let weights = Weights::lut(1, 4, 4, vec![0x21, 0x43].into(), table, 1, 4)?;
+/// let mut row = [0.0; 4];
+/// weights.row(0, &mut row);
+/// assert_eq!(row, [1.0, 2.0, 3.0, 4.0]);
+/// # Ok::<(), candle_coreml_kernels::weights::WeightsError>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Weights(Arc<Matrix>);
+
+#[derive(Debug)]
+pub(crate) struct Matrix {
+    pub rows: usize,
+    pub cols: usize,
+    pub storage: Storage,
+}
+
+#[derive(Debug)]
+pub(crate) enum Storage {
+    F32(Aligned),
+    F16(Aligned),
+    Lut(Lut),
+    Affine(Affine),
+}
+
+/// Bytes that start at a multiple of four, as numbers read in place need.
+#[derive(Debug)]
+pub(crate) struct Aligned(Bytes);
+
+impl Aligned {
+    /// Keeps `data` when it is aligned already, as it is in mapped weight files, and copies it otherwise.
+    fn new(data: Bytes) -> Self {
+        if data.as_ptr().addr().is_multiple_of(4) {
+            return Aligned(data);
+        }
+        struct Words(Vec<u32>, usize);
+        impl AsRef<[u8]> for Words {
+            fn as_ref(&self) -> &[u8] {
+                &bytemuck::cast_slice(&self.0)[..self.1]
+            }
+        }
+        let mut words = vec![0_u32; data.len().div_ceil(4)];
+        bytemuck::cast_slice_mut(&mut words)[..data.len()].copy_from_slice(&data);
+        let len = data.len();
+        Aligned(Bytes::from_owner(Words(words, len)))
+    }
+
+    pub(crate) fn f32(&self) -> &[f32] {
+        bytemuck::cast_slice(&self.0)
+    }
+
+    pub(crate) fn f16(&self) -> &[f16] {
+        bytemuck::cast_slice(&self.0)
+    }
+}
+
+/// Parts of a matrix that do not fit together.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum WeightsError {
+    /// The element count does not fit the address space.
+    #[error("a matrix of {rows} x {cols} is too large")]
+    TooLarge {
+        /// Rows asked for.
+        rows: usize,
+        /// Columns asked for.
+        cols: usize,
+    },
+    /// The data is shorter or longer than the shape says.
+    #[error("{part} has {found} entries, the matrix of {rows} x {cols} needs {needed}")]
+    Length {
+        /// Which argument.
+        part: &'static str,
+        /// Entries given.
+        found: usize,
+        /// Entries needed.
+        needed: usize,
+        /// Rows of the matrix.
+        rows: usize,
+        /// Columns of the matrix.
+        cols: usize,
+    },
+    /// A width that no kernel reads.
+    #[error("{bits} bits an entry are not supported for {kind}, allowed: {allowed}")]
+    Bits {
+        /// Which storage.
+        kind: &'static str,
+        /// The width given.
+        bits: u32,
+        /// The widths there are.
+        allowed: &'static str,
+    },
+    /// A group size of zero.
+    #[error("{part} is 0, allowed is 1 or more")]
+    Group {
+        /// Which argument.
+        part: &'static str,
+    },
+}
+
+impl Weights {
+    /// Little-endian `f32` values.
+    ///
+    /// # Errors
+    /// When the length is not `4 * rows * cols` bytes.
+    pub fn from_f32(rows: usize, cols: usize, data: Bytes) -> Result<Weights, WeightsError> {
+        expect_len(
+            "data (bytes)",
+            data.len(),
+            count(rows, cols)?.checked_mul(4),
+            (rows, cols),
+        )?;
+        Ok(Self::new(rows, cols, Storage::F32(Aligned::new(data))))
+    }
+
+    /// Little-endian `f16` values.
+    ///
+    /// # Errors
+    /// When the length is not `2 * rows * cols` bytes.
+    pub fn from_f16(rows: usize, cols: usize, data: Bytes) -> Result<Weights, WeightsError> {
+        expect_len(
+            "data (bytes)",
+            data.len(),
+            count(rows, cols)?.checked_mul(2),
+            (rows, cols),
+        )?;
+        Ok(Self::new(rows, cols, Storage::F16(Aligned::new(data))))
+    }
+
+    /// Palettised values: entry `[r, c]` is `table[r / row_group][c / col_group][index[r, c]]`.
+    ///
+    /// `bits` is 1, 2, 3, 4, 6 or 8. `indices` holds the row-major index stream, first index in the lowest bits, rows
+    /// not padded. `table` is `[ceil(rows / row_group)][ceil(cols / col_group)][2^bits]`.
+    ///
+    /// # Errors
+    /// When a length does not fit, a group is 0, or `bits` is none of the above.
+    pub fn lut(
+        rows: usize,
+        cols: usize,
+        bits: u32,
+        indices: Bytes,
+        table: Vec<f32>,
+        row_group: usize,
+        col_group: usize,
+    ) -> Result<Weights, WeightsError> {
+        let lut = Lut::new((rows, cols), bits, indices, table, (row_group, col_group))?;
+        Ok(Self::new(rows, cols, Storage::Lut(lut)))
+    }
+
+    /// Integers with a scale and an optional zero point per block: entry `[r, c]` is `(q[r, c] - zero) * scale`.
+    ///
+    /// `bits` is 4 (two entries a byte, the first in the low half) or 8; `signed` says how they are read. `scale`
+    /// and `zero` are `[ceil(rows / row_block)][ceil(cols / col_block)]`.
+    ///
+    /// # Errors
+    /// When a length does not fit, a block is 0, or `bits` is neither 4 nor 8.
+    #[allow(clippy::too_many_arguments)] // the parts of one stored tensor, named as its file names them
+    pub fn affine(
+        rows: usize,
+        cols: usize,
+        bits: u32,
+        signed: bool,
+        data: Bytes,
+        scale: Vec<f32>,
+        zero: Option<Vec<f32>>,
+        row_block: usize,
+        col_block: usize,
+    ) -> Result<Weights, WeightsError> {
+        let affine = Affine::new(
+            (rows, cols),
+            (bits, signed),
+            data,
+            (scale, zero),
+            (row_block, col_block),
+        )?;
+        Ok(Self::new(rows, cols, Storage::Affine(affine)))
+    }
+
+    fn new(rows: usize, cols: usize, storage: Storage) -> Weights {
+        Weights(Arc::new(Matrix { rows, cols, storage }))
+    }
+
+    pub(crate) fn storage(&self) -> &Storage {
+        &self.0.storage
+    }
+
+    /// Rows, the outputs of a linear layer.
+    pub fn rows(&self) -> usize {
+        self.0.rows
+    }
+
+    /// Columns, the inputs of a linear layer.
+    pub fn cols(&self) -> usize {
+        self.0.cols
+    }
+
+    /// Decodes row `row` into `out`.
+    ///
+    /// # Panics
+    /// When `row` is outside the matrix or `out` is not [`Weights::cols`] long.
+    pub fn row(&self, row: usize, out: &mut [f32]) {
+        assert!(row < self.rows(), "row {row} of {}", self.rows());
+        assert_eq!(out.len(), self.cols(), "a row has other columns");
+        self.decode(row, 0, out);
+    }
+
+    /// Decodes `out.len()` entries of row `row` from column `first` on.
+    pub(crate) fn decode(&self, row: usize, first: usize, out: &mut [f32]) {
+        let start = row * self.cols() + first;
+        match self.storage() {
+            Storage::F32(data) => out.copy_from_slice(&data.f32()[start..start + out.len()]),
+            Storage::F16(data) => crate::copy::f16_to_f32(&data.f16()[start..start + out.len()], out),
+            Storage::Lut(lut) => lut.decode(row, first, out),
+            Storage::Affine(affine) => affine.decode(row, first, out),
+        }
+    }
+
+    /// Bytes held in memory or mapped, tables included.
+    pub fn bytes(&self) -> usize {
+        match self.storage() {
+            Storage::F32(data) | Storage::F16(data) => data.0.len(),
+            Storage::Lut(lut) => lut.bytes(),
+            Storage::Affine(affine) => affine.bytes(),
+        }
+    }
+}
+
+fn count(rows: usize, cols: usize) -> Result<usize, WeightsError> {
+    // Eight bits an entry of headroom, so that counts of bits and bytes are safe as well.
+    let cells = rows
+        .checked_mul(cols)
+        .filter(|cells| *cells <= isize::MAX as usize / 64);
+    cells.ok_or(WeightsError::TooLarge { rows, cols })
+}
+
+fn expect_len(
+    part: &'static str,
+    found: usize,
+    needed: Option<usize>,
+    (rows, cols): (usize, usize),
+) -> Result<(), WeightsError> {
+    let needed = needed.ok_or(WeightsError::TooLarge { rows, cols })?;
+    if found == needed {
+        Ok(())
+    } else {
+        Err(WeightsError::Length {
+            part,
+            found,
+            needed,
+            rows,
+            cols,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_that_do_not_fit_are_named() {
+        let bytes = |n: usize| Bytes::from(vec![0_u8; n]);
+        let cases: Vec<(Result<Weights, WeightsError>, &str)> = vec![
+            (
+                Weights::from_f32(2, 3, bytes(23)),
+                "data (bytes) has 23 entries, the matrix of 2 x 3 needs 24",
+            ),
+            (Weights::from_f16(usize::MAX, 3, bytes(23)), "too large"),
+            (
+                Weights::lut(2, 3, 5, bytes(4), vec![0.0; 32], 1, 3),
+                "5 bits an entry are not supported",
+            ),
+            (
+                Weights::lut(2, 3, 4, bytes(4), vec![0.0; 32], 1, 3),
+                "indices (bytes) has 4 entries",
+            ),
+            (
+                Weights::lut(2, 3, 4, bytes(3), vec![0.0; 16], 1, 3),
+                "table has 16 entries",
+            ),
+            (
+                Weights::lut(2, 3, 4, bytes(3), vec![0.0; 32], 0, 3),
+                "row_group is 0",
+            ),
+            (
+                Weights::affine(2, 4, 8, true, bytes(8), vec![1.0; 3], None, 1, 4),
+                "scale has 3 entries",
+            ),
+            (
+                Weights::affine(2, 4, 8, true, bytes(8), vec![1.0; 2], Some(vec![]), 1, 4),
+                "zero has 0 entries",
+            ),
+            (
+                Weights::affine(2, 4, 2, true, bytes(8), vec![1.0; 2], None, 1, 4),
+                "2 bits an entry",
+            ),
+        ];
+        for (result, expected) in cases {
+            let text = result.unwrap_err().to_string();
+            assert!(text.contains(expected), "{text:?} lacks {expected:?}");
+        }
+    }
+
+    #[test]
+    fn unaligned_data_is_read_all_the_same() {
+        let mut raw = vec![0_u8; 9 * 4];
+        for offset in 0..4 {
+            raw[offset..offset + 32]
+                .copy_from_slice(bytemuck::cast_slice(&[1.0_f32, 2., 3., 4., 5., 6., 7., 8.]));
+            let data = Bytes::copy_from_slice(&raw).slice(offset..offset + 32);
+            let weights = Weights::from_f32(2, 4, data).unwrap();
+            let mut row = [0.0; 4];
+            weights.row(1, &mut row);
+            assert_eq!(row, [5.0, 6.0, 7.0, 8.0]);
+        }
+    }
+}

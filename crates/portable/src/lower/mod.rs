@@ -1,0 +1,255 @@
+//! `Program` to `Graph`: names resolved, attributes read, shapes computed, constant parts evaluated.
+
+mod cx;
+mod fold;
+mod literal;
+
+pub use cx::{OpCx, normalize_axis};
+
+use crate::constant::{Const, ConstData};
+use crate::error::{Error, OpError};
+use crate::graph::{Graph, Source, StateSlot, ValueId};
+use crate::layout::{Shape, checked_elements};
+use crate::op::OpSpec;
+use crate::ops;
+use candle_coreml_kernels::Pool;
+use candle_coreml_mil as mil;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+/// Results larger than this many elements are computed when the model runs, not when it is lowered.
+const FOLD_ELEMENTS: usize = 1 << 22;
+
+/// What lowering needs to know besides the function.
+pub struct LowerOptions {
+    /// Round results of fp16 operations to fp16, constant ones included.
+    pub faithful: bool,
+    /// Threads for evaluating constant parts.
+    pub pool: Arc<Pool>,
+}
+
+/// Lowers `function` for inputs of the given shapes.
+///
+/// # Errors
+/// [`Error::Unsupported`] with every operator that is missing, [`Error::Node`] for a use that does not fit its operator.
+pub fn lower(
+    model: &mil::Model,
+    function: &mil::Function,
+    input_shapes: &HashMap<&str, Shape>,
+    options: &LowerOptions,
+) -> Result<Graph, Error> {
+    check_supported(&function.body)?;
+    let mut lowering = Lowering {
+        model,
+        options,
+        graph: Graph::default(),
+        names: HashMap::new(),
+        literals: HashMap::new(),
+        states: HashMap::new(),
+    };
+    for input in &function.inputs {
+        lowering.add_parameter(input, input_shapes)?;
+    }
+    for op in &function.body.operations {
+        lowering.operation(op)?;
+    }
+    lowering.finish(&function.body)
+}
+
+/// Names of all operators used in `block` and the blocks inside it that have no entry in the registry, with counts.
+pub fn missing_ops(block: &mil::Block) -> BTreeMap<String, usize> {
+    let mut missing = BTreeMap::new();
+    let mut blocks = vec![block];
+    while let Some(b) = blocks.pop() {
+        for op in &b.operations {
+            if op.op_type != "const" && ops::spec(&op.op_type).is_none() {
+                *missing.entry(op.op_type.clone()).or_insert(0) += 1;
+            }
+            blocks.extend(&op.blocks);
+        }
+    }
+    missing
+}
+
+fn check_supported(block: &mil::Block) -> Result<(), Error> {
+    let missing = missing_ops(block);
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let ops = missing
+        .into_iter()
+        .map(|(name, n)| format!("{name} ({n} uses)"))
+        .collect();
+    Err(Error::Unsupported { ops })
+}
+
+/// The graph being built and the names in scope.
+pub(crate) struct Lowering<'m> {
+    pub(crate) model: &'m mil::Model,
+    pub(crate) options: &'m LowerOptions,
+    pub(crate) graph: Graph,
+    pub(crate) names: HashMap<&'m str, ValueId>,
+    pub(crate) literals: HashMap<&'m str, &'m mil::Value>,
+    pub(crate) states: HashMap<&'m str, usize>,
+}
+
+impl<'m> Lowering<'m> {
+    fn add_parameter(
+        &mut self,
+        input: &'m mil::NamedType,
+        shapes: &HashMap<&str, Shape>,
+    ) -> Result<(), Error> {
+        let fail = |message: String| Error::Node {
+            node: input.name.clone(),
+            op: "input".into(),
+            message,
+        };
+        let tensor = input
+            .ty
+            .tensor()
+            .ok_or_else(|| fail(format!("type {:?} is not a tensor", input.ty)))?;
+        let name: Arc<str> = input.name.as_str().into();
+        if matches!(input.ty, mil::ValueType::State(_)) {
+            let shape = tensor
+                .fixed_shape()
+                .ok_or_else(|| fail("a state needs a fixed shape".into()))?;
+            checked_elements(&shape).ok_or_else(|| fail(format!("shape {shape:?} is too large")))?;
+            let slot = self.graph.states.len();
+            let first = self
+                .graph
+                .add_value(name, tensor.dtype, &shape, Source::State(slot));
+            let (name, dtype) = (input.name.clone(), tensor.dtype);
+            self.graph.states.push(StateSlot {
+                name,
+                dtype,
+                shape: shape.into(),
+                first,
+                last: first,
+            });
+            self.states.insert(&input.name, slot);
+            return Ok(());
+        }
+        let shape: Shape = match shapes.get(input.name.as_str()) {
+            Some(s) => s.clone(),
+            None => tensor
+                .fixed_shape()
+                .ok_or_else(|| fail("its shape is flexible and no shape was given".into()))?
+                .into(),
+        };
+        checked_elements(&shape).ok_or_else(|| fail(format!("shape {:?} is too large", shape.as_slice())))?;
+        let index = self.graph.inputs.len();
+        let id = self
+            .graph
+            .add_value(name, tensor.dtype, &shape, Source::Input(index));
+        self.graph.inputs.push(id);
+        self.names.insert(&input.name, id);
+        Ok(())
+    }
+
+    fn operation(&mut self, op: &'m mil::Operation) -> Result<(), Error> {
+        let node = node_name(op);
+        let fail = |e: OpError| Error::Node {
+            node: node.into(),
+            op: op.op_type.clone(),
+            message: e.to_string(),
+        };
+        if op.op_type == "const" {
+            return self.constant(op).map_err(fail);
+        }
+        let spec = ops::spec(&op.op_type).ok_or_else(|| Error::Unsupported {
+            ops: vec![op.op_type.clone()],
+        })?;
+        check_parameters(op, spec).map_err(fail)?;
+        let mut cx = OpCx::new(self, op, node);
+        (spec.lower)(&mut cx).map_err(fail)?;
+        cx.check_outputs().map_err(fail)
+    }
+
+    /// Notes a `const`; it is read when something uses it, since packed data is never widened.
+    fn constant(&mut self, op: &'m mil::Operation) -> Result<(), OpError> {
+        let value = op.attribute("val").ok_or("attribute \"val\" is missing")?;
+        let out = op.outputs.first().ok_or("a const has one result")?;
+        self.literals.insert(&out.name, value);
+        Ok(())
+    }
+
+    /// The value a name stands for.
+    pub(crate) fn resolve(&mut self, name: &'m str) -> Result<Option<ValueId>, OpError> {
+        if let Some(id) = self.names.get(name) {
+            return Ok(Some(*id));
+        }
+        let Some(value) = self.literals.get(name).copied() else {
+            return Ok(None);
+        };
+        let id = self.literal(value, name)?;
+        self.names.insert(name, id);
+        Ok(Some(id))
+    }
+
+    /// Adds a literal of the file as a constant.
+    pub(crate) fn literal(&mut self, value: &mil::Value, name: &str) -> Result<ValueId, OpError> {
+        let constant = literal::read(self.model, value)?;
+        Ok(self.add_const(name, constant))
+    }
+
+    pub(crate) fn add_const(&mut self, name: &str, constant: Const) -> ValueId {
+        let (dtype, shape) = (constant.dtype, constant.shape.clone());
+        self.graph
+            .add_value(name.into(), dtype, &shape, Source::Const(Arc::new(constant)))
+    }
+
+    fn finish(mut self, body: &'m mil::Block) -> Result<Graph, Error> {
+        for name in &body.outputs {
+            let fail = |message: String| Error::Node {
+                node: name.clone(),
+                op: "output".into(),
+                message,
+            };
+            let id = self.resolve(name).map_err(|e| fail(e.to_string()))?;
+            let id = id.ok_or_else(|| fail("the block returns a value that it does not define".into()))?;
+            self.graph.outputs.push((name.clone(), id));
+        }
+        Ok(self.graph)
+    }
+}
+
+/// The operation's `name` attribute, or the name of its first result, or its type.
+fn node_name(op: &mil::Operation) -> &str {
+    let attribute = op.attribute("name").and_then(|v| match &v.data {
+        mil::ValueData::Strings(s) => s.first().map(String::as_str),
+        _ => None,
+    });
+    attribute
+        .or(op.outputs.first().map(|o| o.name.as_str()))
+        .unwrap_or(&op.op_type)
+}
+
+fn check_parameters(op: &mil::Operation, spec: &OpSpec) -> Result<(), OpError> {
+    let known = |name: &str| spec.inputs.iter().any(|p| p.name == name);
+    if let Some((name, _)) = op.inputs.iter().find(|(name, _)| !known(name)) {
+        let all: Vec<&str> = spec.inputs.iter().map(|p| p.name).collect();
+        return Err(format!("unknown parameter {name:?}; it has: {}", all.join(", ")).into());
+    }
+    let given = |name: &str| op.input(name).is_some() || op.attribute(name).is_some();
+    if let Some(p) = spec.inputs.iter().find(|p| p.required && !given(p.name)) {
+        return Err(format!("parameter {:?} is missing", p.name).into());
+    }
+    match spec.outputs {
+        Some(n) if n != op.outputs.len() => {
+            Err(format!("{} results are declared, it gives {n}", op.outputs.len()).into())
+        }
+        _ => Ok(()),
+    }
+}
+
+impl Const {
+    /// The same elements under another type and shape of as many elements.
+    pub(crate) fn alias(&self, dtype: mil::DType, shape: &[usize]) -> Option<Const> {
+        match &self.data {
+            ConstData::F32(_) | ConstData::I32(_) | ConstData::F16(_) | ConstData::Strings(_) => {
+                Some(Const::new(dtype, shape, self.data.clone()))
+            }
+            ConstData::Lut(_) | ConstData::Affine(_) => None,
+        }
+    }
+}

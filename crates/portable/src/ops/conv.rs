@@ -1,0 +1,254 @@
+//! Convolutions. Source: coremltools 9.0, `mil/ops/defs/iOS15/conv.py`, iOS17.
+
+use crate::error::{OpError, OpResult};
+use crate::graph::{Storage, ValueId};
+use crate::layout::{Layout, Shape, elements};
+use crate::lower::OpCx;
+use crate::op::{Args, In, Op, OpSpec, Support, opt, req};
+use candle_coreml_kernels::{self as kernels, ConvParams, Unary, Weights};
+use std::sync::Arc;
+
+/// A convolution with constant weights; the optional second input is a residual added last.
+#[derive(Clone)]
+pub struct Conv {
+    /// `[O, C / groups * kernel]`; transposed: `[C, O / groups * kernel]`.
+    pub weights: Weights,
+    /// `[O]`.
+    pub bias: Option<Arc<[f32]>>,
+    /// Applied before the residual.
+    pub activation: Option<Unary>,
+    /// Window geometry.
+    pub params: ConvParams,
+    /// Whether it is `conv_transpose`.
+    pub transposed: bool,
+}
+
+impl std::fmt::Debug for Conv {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let p = &self.params;
+        write!(f, "Conv{:?} stride {:?} groups {}", p.kernel, p.stride, p.groups)?;
+        self.activation.map_or(Ok(()), |a| write!(f, "+{a:?}"))
+    }
+}
+
+impl Op for Conv {
+    fn name(&self) -> &'static str {
+        if self.transposed { "conv_transpose" } else { "conv" }
+    }
+
+    fn accepts(&self, _index: usize, _layout: &Layout, storage: Storage) -> bool {
+        storage == Storage::F32
+    }
+
+    fn run(&self, args: &mut Args<'_>) -> OpResult<()> {
+        let (x, y) = (args.f32(0)?, args.out_f32(0)?);
+        let residual = match args.inputs.get(1) {
+            Some(In::F32(r)) => Some(*r),
+            _ => None,
+        };
+        let call = kernels::Conv {
+            weights: &self.weights,
+            bias: self.bias.as_deref(),
+            activation: self.activation,
+            residual,
+            params: self.params,
+        };
+        if self.transposed {
+            kernels::conv_transpose(args.pool, x, &call, y, args.scratch);
+        } else {
+            kernels::conv(args.pool, x, &call, y, args.scratch);
+        }
+        Ok(())
+    }
+}
+
+/// A list of one number a spatial dimension as the last entries of three.
+fn three(values: &[usize], default: usize) -> [usize; 3] {
+    let mut out = [default; 3];
+    let from = 3usize.saturating_sub(values.len());
+    for (o, &v) in out.iter_mut().skip(from).zip(values) {
+        *o = v;
+    }
+    out
+}
+
+fn sizes(cx: &mut OpCx<'_, '_>, param: &str, count: usize, default: usize) -> OpResult<Vec<usize>> {
+    let Some(v) = cx.ints(param)? else {
+        return Ok(vec![default; count]);
+    };
+    let v: Vec<usize> = v.iter().filter_map(|&x| usize::try_from(x).ok()).collect();
+    if v.len() == count {
+        Ok(v)
+    } else {
+        Err(format!("{param} needs {count} numbers of 0 and more").into())
+    }
+}
+
+/// Padding before and after each dimension, by the rules of `pad_type`.
+pub fn padding(
+    cx: &mut OpCx<'_, '_>,
+    spatial: &[usize],
+    kernel: &[usize],
+    stride: &[usize],
+    dilation: &[usize],
+) -> OpResult<(Vec<usize>, Vec<usize>)> {
+    let n = spatial.len();
+    let pad_type = cx.text("pad_type")?.unwrap_or_else(|| "valid".into());
+    let total = |i: usize| {
+        let reach = (kernel[i].max(1) - 1) * dilation[i] + 1;
+        let out = spatial[i].div_ceil(stride[i].max(1));
+        (out.saturating_sub(1) * stride[i] + reach).saturating_sub(spatial[i])
+    };
+    match pad_type.as_str() {
+        "valid" => Ok((vec![0; n], vec![0; n])),
+        "custom" => {
+            let pad = sizes(cx, "pad", 2 * n, 0)?;
+            Ok((
+                pad.iter().step_by(2).copied().collect(),
+                pad.iter().skip(1).step_by(2).copied().collect(),
+            ))
+        }
+        "same" => Ok((
+            (0..n).map(|i| total(i) / 2).collect(),
+            (0..n).map(|i| total(i) - total(i) / 2).collect(),
+        )),
+        "same_lower" => Ok((
+            (0..n).map(|i| total(i) - total(i) / 2).collect(),
+            (0..n).map(|i| total(i) / 2).collect(),
+        )),
+        other => Err(format!("pad_type {other:?} is not valid, custom, same or same_lower").into()),
+    }
+}
+
+/// Kernel, stride, dilation and padding of one use.
+pub fn window(
+    cx: &mut OpCx<'_, '_>,
+    spatial: &[usize],
+    kernel: &[usize],
+    groups: usize,
+) -> OpResult<ConvParams> {
+    let n = spatial.len();
+    let stride = sizes(cx, "strides", n, 1)?;
+    let dilation = sizes(cx, "dilations", n, 1)?;
+    if stride.contains(&0) || dilation.contains(&0) {
+        return Err("strides and dilations of 0 are not allowed".into());
+    }
+    let (before, after) = padding(cx, spatial, kernel, &stride, &dilation)?;
+    Ok(ConvParams {
+        kernel: three(kernel, 1),
+        stride: three(&stride, 1),
+        dilation: three(&dilation, 1),
+        pad_before: three(&before, 0),
+        pad_after: three(&after, 0),
+        groups,
+    })
+}
+
+/// Spatial sizes of the result.
+pub fn output_sizes(spatial: &[usize], params: &ConvParams) -> OpResult<Shape> {
+    let lead = 3 - spatial.len();
+    let size = |(i, &d): (usize, &usize)| {
+        params
+            .output_len(lead + i, d)
+            .ok_or_else(|| OpError::new(format!("the window does not fit {spatial:?}")))
+    };
+    spatial.iter().enumerate().map(size).collect()
+}
+
+fn lower_conv(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
+    let (x, w) = (cx.value("x")?, cx.value("weight")?);
+    let bias = cx.optional("bias")?;
+    let (have, weight) = (cx.shape(x), cx.shape(w));
+    let groups = usize::try_from(cx.int("groups")?.unwrap_or(1)).map_err(|_| "groups must be positive")?;
+    let fits = have.len() == weight.len()
+        && (3..=5).contains(&have.len())
+        && groups > 0
+        && weight[1].checked_mul(groups) == Some(have[1])
+        && weight[0].is_multiple_of(groups);
+    if !fits {
+        let (x, w) = (have.as_slice(), weight.as_slice());
+        return Err(format!("x {x:?} does not fit weight {w:?} in {groups} groups").into());
+    }
+    let params = window(cx, &have[2..], &weight[2..], groups)?;
+    let mut shape: Shape = smallvec::smallvec![have[0], weight[0]];
+    shape.extend(output_sizes(&have[2..], &params)?);
+    let pointwise = elements(&weight[2..]) == 1
+        && groups == 1
+        && params.stride == [1; 3]
+        && params.pad_before == [0; 3]
+        && params.pad_after == [0; 3];
+    let y = if pointwise {
+        pointwise_conv(cx, x, w, bias)?
+    } else {
+        window_conv(cx, (x, w, bias), params, &shape)?
+    };
+    cx.result(y)
+}
+
+/// A 1x1 convolution is a matrix product over channels: channels go last and come back, both without moving anything.
+fn pointwise_conv(cx: &mut OpCx<'_, '_>, x: ValueId, w: ValueId, bias: Option<ValueId>) -> OpResult<ValueId> {
+    let rank = cx.shape(x).len();
+    let mut last: Shape = smallvec::smallvec![0];
+    last.extend(2..rank);
+    last.push(1);
+    let mut back: Shape = smallvec::smallvec![0, rank - 1];
+    back.extend(1..rank - 1);
+    let rows = cx.permute(x, &last)?;
+    let y = cx.linear(rows, w, bias)?;
+    cx.permute(y, &back)
+}
+
+fn window_conv(
+    cx: &mut OpCx<'_, '_>,
+    (x, w, bias): (ValueId, ValueId, Option<ValueId>),
+    params: ConvParams,
+    shape: &[usize],
+) -> OpResult<ValueId> {
+    let weight = cx.shape(w);
+    let matrix = cx.weights(w, weight[0], elements(&weight[1..]))?;
+    let weights = matrix.ok_or_else(|| OpError::Dynamic("weight".into()))?;
+    let dtype = cx.dtype(x);
+    let constant = match bias {
+        None => Some(None),
+        Some(b) => cx.constant(b).map(|c| Some(c.dense())),
+    };
+    let op = |bias| Conv {
+        weights,
+        bias,
+        activation: None,
+        params,
+        transposed: false,
+    };
+    match (constant, bias) {
+        (Some(bias), _) => cx.emit(op(bias), &[x], dtype, shape),
+        (None, Some(b)) => {
+            let y = cx.emit(op(None), &[x], dtype, shape)?;
+            let mut wide: Shape = smallvec::smallvec![1; shape.len() - 1];
+            wide[0] = shape[1];
+            let b = cx.reshape(b, &wide)?;
+            cx.binary(kernels::Binary::Add, y, b)
+        }
+        (None, None) => Err("internal: a missing bias is constant".into()),
+    }
+}
+
+/// This family's rows.
+pub const OPS: &[&OpSpec] = &[&OpSpec {
+    name: "conv",
+    family: "conv",
+    since: "iOS15",
+    inputs: &[
+        req("x"),
+        req("weight"),
+        opt("bias"),
+        opt("strides"),
+        opt("pad_type"),
+        opt("pad"),
+        opt("dilations"),
+        opt("groups"),
+    ],
+    outputs: Some(1),
+    support: Support::Partial("weights that are computed by the model"),
+    tolerance: 1e-5,
+    lower: lower_conv,
+}];

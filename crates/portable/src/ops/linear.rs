@@ -1,0 +1,344 @@
+//! Matrix products. Source: coremltools 9.0, `mil/ops/defs/iOS15/linear.py`, iOS17.
+
+use crate::error::OpResult;
+use crate::graph::{Storage, ValueId};
+use crate::layout::{Layout, Shape, elements};
+use crate::lower::OpCx;
+use crate::op::{Args, In, Op, OpSpec, Support, opt, req};
+use crate::ops::broadcast_shape;
+use candle_coreml_kernels::{self as kernels, Epilogue, Operand, Unary, Weights};
+use std::sync::Arc;
+
+/// `y[.., n] = act(sum_k x[.., k] * w[n, k] + bias[n]) (+ residual[.., n])`; the optional second input is the residual.
+#[derive(Clone)]
+pub struct Linear {
+    /// `[n, k]`, as stored.
+    pub weights: Weights,
+    /// `[n]`.
+    pub bias: Option<Arc<[f32]>>,
+    /// Applied before the residual.
+    pub activation: Option<Unary>,
+}
+
+impl std::fmt::Debug for Linear {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Linear[{}, {}]", self.weights.rows(), self.weights.cols())?;
+        if self.bias.is_some() {
+            f.write_str("+bias")?;
+        }
+        self.activation.map_or(Ok(()), |a| write!(f, "+{a:?}"))
+    }
+}
+
+/// `[.., k]` as a matrix `[rows, k]`, if strides allow.
+pub fn as_matrix(layout: &Layout) -> Option<Layout> {
+    let k = layout.shape.last().copied().unwrap_or(1);
+    layout.reshape(&[elements(&layout.shape) / k.max(1), k])
+}
+
+/// The layout of a view that came as an argument.
+pub fn layout_of<T>(v: &kernels::View<'_, T>) -> Layout {
+    Layout {
+        offset: v.offset(),
+        shape: v.shape().into(),
+        strides: v.strides().into(),
+    }
+}
+
+/// True where the rows of `[.., k]` are the inner dimension in memory: a transposed matrix.
+fn is_transposed(layout: &Layout) -> bool {
+    as_matrix(layout).is_some_and(|m| m.shape[0] > 1 && m.strides[0] == 1 && m.strides[1] != 1)
+}
+
+impl Op for Linear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn accepts(&self, _index: usize, layout: &Layout, storage: Storage) -> bool {
+        storage == Storage::F32 && as_matrix(layout).is_some()
+    }
+
+    fn output_layout(&self, inputs: &[&Layout], shape: &[usize]) -> Layout {
+        if !is_transposed(inputs[0]) {
+            return Layout::contiguous(shape);
+        }
+        let last = shape.len() - 1;
+        let mut order: Shape = smallvec::smallvec![last];
+        order.extend(0..last);
+        let turned: Shape = order.iter().map(|&i| shape[i]).collect();
+        let mut back: Shape = (1..=last).collect();
+        back.push(0);
+        Layout::contiguous(&turned).permute(&back)
+    }
+
+    fn run(&self, args: &mut Args<'_>) -> OpResult<()> {
+        let x = args.f32(0)?;
+        let y = args.out_f32(0)?;
+        let flat = "internal: a matrix view failed";
+        let lx = as_matrix(&layout_of(&x)).ok_or(flat)?;
+        let (shape, strides) = (Shape::from(y.shape()), y.strides().into());
+        let ly = as_matrix(&Layout {
+            offset: y.offset(),
+            shape,
+            strides,
+        })
+        .ok_or(flat)?;
+        let x = kernels::View::new(x.data(), lx.offset, &lx.shape, &lx.strides).ok_or(flat)?;
+        let y = kernels::ViewMut::new(y.into_data(), ly.offset, &ly.shape, &ly.strides).ok_or(flat)?;
+        let lr = match args.inputs.get(1) {
+            Some(In::F32(r)) => Some((r.data(), as_matrix(&layout_of(r)).ok_or(flat)?)),
+            _ => None,
+        };
+        let residual = match &lr {
+            Some((data, l)) => Some(kernels::View::new(data, l.offset, &l.shape, &l.strides).ok_or(flat)?),
+            None => None,
+        };
+        let epilogue = Epilogue {
+            bias: self.bias.as_deref(),
+            activation: self.activation,
+            residual,
+        };
+        kernels::linear(args.pool, x, &self.weights, y, &epilogue, args.scratch);
+        Ok(())
+    }
+}
+
+/// `z[.., m, n] = sum_k x[.., m, k] * y[.., k, n]`, leading dimensions broadcast.
+#[derive(Debug)]
+pub struct MatMul;
+
+impl Op for MatMul {
+    fn name(&self) -> &'static str {
+        "matmul"
+    }
+
+    fn accepts(&self, index: usize, _layout: &Layout, storage: Storage) -> bool {
+        storage == Storage::F32 || (index == 1 && storage == Storage::F16)
+    }
+
+    fn run(&self, args: &mut Args<'_>) -> OpResult<()> {
+        let x = args.f32(0)?;
+        let z = args.out_f32(0)?;
+        let zl = Layout {
+            offset: z.offset(),
+            shape: z.shape().into(),
+            strides: z.strides().into(),
+        };
+        let z = z.into_data();
+        let lead = zl.shape.len() - 2;
+        let batched = |l: Layout, lead: usize| {
+            let tail = &l.shape[l.shape.len() - 2..];
+            let mut shape: Shape = zl.shape[..lead].into();
+            shape.extend_from_slice(tail);
+            l.broadcast(&shape).ok_or("internal: batches do not broadcast")
+        };
+        let lx = batched(layout_of(&x), lead)?;
+        let y = args.inputs[1];
+        let ly = match &y {
+            In::F32(v) => batched(layout_of(v), lead)?,
+            In::F16(v) => batched(layout_of(v), lead)?,
+            _ => return Err("internal: matmul multiplies floats".into()),
+        };
+        // All leading dimensions but the last are walked here; the kernel takes the last as its batch.
+        let outer = elements(&zl.shape[..lead.saturating_sub(1)]);
+        for i in 0..outer {
+            let (lx, ly, lz) = (batch(&lx, lead, i), batch(&ly, lead, i), batch(&zl, lead, i));
+            let bad = "internal: a batch lies outside its value";
+            let a = kernels::View::new(x.data(), lx.offset, &lx.shape, &lx.strides).ok_or(bad)?;
+            let b = match &y {
+                In::F32(v) => {
+                    Operand::F32(kernels::View::new(v.data(), ly.offset, &ly.shape, &ly.strides).ok_or(bad)?)
+                }
+                In::F16(v) => {
+                    Operand::F16(kernels::View::new(v.data(), ly.offset, &ly.shape, &ly.strides).ok_or(bad)?)
+                }
+                _ => return Err(bad.into()),
+            };
+            let c = kernels::ViewMut::new(z, lz.offset, &lz.shape, &lz.strides).ok_or(bad)?;
+            kernels::matmul_f32(args.pool, a, b, c, args.scratch);
+        }
+        Ok(())
+    }
+}
+
+/// Batch `index` of the leading dimensions but the last of `lead`, as a rank-3 layout.
+pub fn batch(l: &Layout, lead: usize, index: usize) -> Layout {
+    let (mut offset, mut rest) = (l.offset as isize, index);
+    for d in (0..lead.saturating_sub(1)).rev() {
+        offset += (rest % l.shape[d]) as isize * l.strides[d];
+        rest /= l.shape[d];
+    }
+    let from = lead.saturating_sub(1);
+    let (mut shape, mut strides) = (
+        Shape::from(&l.shape[from..]),
+        crate::layout::Strides::from(&l.strides[from..]),
+    );
+    if lead == 0 {
+        shape.insert(0, 1);
+        strides.insert(0, 0);
+    }
+    Layout {
+        offset: offset as usize,
+        shape,
+        strides,
+    }
+}
+
+impl OpCx<'_, '_> {
+    /// `x wᵀ + bias` with `w` `[n, k]`: compressed weights stay compressed, computed ones are multiplied as they come.
+    pub fn linear(&mut self, x: ValueId, w: ValueId, bias: Option<ValueId>) -> OpResult<ValueId> {
+        let (mut shape, weights) = (self.shape(x), self.shape(w));
+        let (n, k) = (weights[0], elements(&weights[1..]));
+        let dtype = self.dtype(x);
+        match shape.last_mut() {
+            Some(last) if *last == k => *last = n,
+            _ => {
+                return Err(
+                    format!("x {:?} does not fit weights [{n}, {k}]", self.shape(x).as_slice()).into(),
+                );
+            }
+        }
+        let constant_bias = match bias {
+            Some(b) => self.constant(b).map(|c| Some(c.dense())),
+            None => Some(None),
+        };
+        if let (Some(bias), Some(weights)) = (constant_bias, self.weights(w, n, k)?) {
+            let bias = bias.filter(|b| b.iter().any(|&v| v != 0.0));
+            return self.emit(
+                Linear {
+                    weights,
+                    bias,
+                    activation: None,
+                },
+                &[x],
+                dtype,
+                &shape,
+            );
+        }
+        let w = self.reshape(w, &[n, k])?;
+        let w = self.permute(w, &[1, 0])?;
+        let y = self.matmul(x, w)?;
+        match bias {
+            Some(b) => self.binary(kernels::Binary::Add, y, b),
+            None => Ok(y),
+        }
+    }
+
+    /// numpy's matmul of values of rank 2 and more.
+    pub fn matmul(&mut self, x: ValueId, y: ValueId) -> OpResult<ValueId> {
+        let (a, b) = (self.shape(x), self.shape(y));
+        let (Some([m, k]), Some([k2, n])) = (a.last_chunk::<2>(), b.last_chunk::<2>()) else {
+            // A vector counts as a matrix of one row (or one column), which is dropped again.
+            return self.matmul_vector(x, y);
+        };
+        if k != k2 {
+            return Err(format!("shapes {:?} and {:?} do not multiply", a.as_slice(), b.as_slice()).into());
+        }
+        let mut shape = broadcast_shape(&a[..a.len() - 2], &b[..b.len() - 2])?;
+        shape.extend_from_slice(&[*m, *n]);
+        let dtype = self.dtype(x);
+        self.emit(MatMul, &[x, y], dtype, &shape)
+    }
+
+    fn matmul_vector(&mut self, x: ValueId, y: ValueId) -> OpResult<ValueId> {
+        let (a, b) = (self.shape(x), self.shape(y));
+        if a.is_empty() || b.is_empty() {
+            return Err("scalars do not multiply as matrices".into());
+        }
+        let left = if a.len() == 1 {
+            self.reshape(x, &[1, a[0]])?
+        } else {
+            x
+        };
+        let right = if b.len() == 1 {
+            self.reshape(y, &[b[0], 1])?
+        } else {
+            y
+        };
+        let z = self.matmul(left, right)?;
+        let mut shape = self.shape(z);
+        if b.len() == 1 {
+            shape.pop();
+        }
+        if a.len() == 1 {
+            shape.remove(shape.len() - if b.len() == 1 { 1 } else { 2 });
+        }
+        self.reshape(z, &shape)
+    }
+}
+
+fn lower_linear(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
+    let (x, w, bias) = (cx.value("x")?, cx.value("weight")?, cx.optional("bias")?);
+    if cx.shape(w).len() != 2 {
+        return Err(format!("weight {:?} must have rank 2", cx.shape(w).as_slice()).into());
+    }
+    let y = cx.linear(x, w, bias)?;
+    cx.result(y)
+}
+
+fn swap_last(cx: &mut OpCx<'_, '_>, x: ValueId) -> OpResult<ValueId> {
+    let rank = cx.shape(x).len();
+    if rank < 2 {
+        return Ok(x);
+    }
+    let mut perm: Shape = (0..rank).collect();
+    perm.swap(rank - 1, rank - 2);
+    cx.permute(x, &perm)
+}
+
+fn lower_matmul(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
+    let (mut x, mut y) = (cx.value("x")?, cx.value("y")?);
+    if !cx.dtype(x).is_float() {
+        let dtype = cx.dtype(x);
+        x = cx.cast(x, candle_coreml_mil::DType::Fp32)?;
+        y = cx.cast(y, candle_coreml_mil::DType::Fp32)?;
+        let z = product(cx, x, y)?;
+        let z = cx.cast(z, dtype)?;
+        return cx.result(z);
+    }
+    let z = product(cx, x, y)?;
+    cx.result(z)
+}
+
+fn product(cx: &mut OpCx<'_, '_>, x: ValueId, y: ValueId) -> OpResult<ValueId> {
+    let (turn_x, turn_y) = (cx.flag("transpose_x", false)?, cx.flag("transpose_y", false)?);
+    let x = if turn_x { swap_last(cx, x)? } else { x };
+    // A constant matrix on the right is a weight: the linear kernels read it as stored.
+    if cx.constant(y).is_some() && cx.shape(y).len() == 2 && cx.shape(x).len() >= 2 && turn_y {
+        return cx.linear(x, y, None);
+    }
+    let y = if turn_y { swap_last(cx, y)? } else { y };
+    if cx.constant(y).is_some() && cx.shape(y).len() == 2 && cx.shape(x).len() >= 2 {
+        let turned = cx.permute(y, &[1, 0])?;
+        if cx.constant(turned).is_some() {
+            return cx.linear(x, turned, None);
+        }
+    }
+    cx.matmul(x, y)
+}
+
+macro_rules! row {
+    ($name:literal, $inputs:expr, $lower:expr) => {
+        &OpSpec {
+            name: $name,
+            family: "linear",
+            since: "iOS15",
+            inputs: $inputs,
+            outputs: Some(1),
+            support: Support::Full,
+            tolerance: 1e-5,
+            lower: $lower,
+        }
+    };
+}
+
+/// This family's rows.
+pub const OPS: &[&OpSpec] = &[
+    row!("linear", &[req("x"), req("weight"), opt("bias")], lower_linear),
+    row!(
+        "matmul",
+        &[req("x"), req("y"), opt("transpose_x"), opt("transpose_y")],
+        lower_matmul
+    ),
+];

@@ -1,0 +1,354 @@
+//! Runs a plan: binds each step's memory and calls its operation.
+
+use crate::Error;
+use crate::array::{Array, Buffer, Data, OwnedArray};
+use crate::constant::{Const, ConstData};
+use crate::graph::Storage;
+use crate::layout::{Layout, elements};
+use crate::op::{Args, In, Out};
+use crate::plan::{Operand, Place, Plan, Slot, Step};
+use crate::state::{StateBuffer, StateData};
+use candle_coreml_kernels::{self as kernels, Arena, Pool, Scratch, View, ViewMut};
+use candle_coreml_mil::DType;
+use half::f16;
+use smallvec::SmallVec;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Memory one run needs; reused by the next.
+pub struct Workspace {
+    arena: Arena,
+    scratch: Scratch,
+    /// Dense forms of constants, looked up once for each operand of each step.
+    dense: Vec<SmallVec<[Option<Arc<[f32]>>; 4]>>,
+}
+
+/// Sees every step after it ran.
+pub trait Observer {
+    /// Called with the step and its results, each read as row-major elements.
+    fn after(&mut self, step: &Step, results: &[OwnedArray]);
+}
+
+/// What a run is done with.
+pub struct RunOptions<'a> {
+    /// Threads.
+    pub pool: &'a Pool,
+    /// Round every fp16 result to fp16.
+    pub faithful: bool,
+    /// Sees every step.
+    pub observer: Option<&'a mut dyn Observer>,
+}
+
+impl Workspace {
+    /// Memory for runs of `plan`.
+    pub fn new(plan: &Plan) -> Workspace {
+        let dense = |o: &Operand| match (&o.place, o.storage) {
+            (Place::Const(c), Storage::F32) => Some(c.dense()),
+            _ => None,
+        };
+        Workspace {
+            arena: Arena::new(plan.arena_elements),
+            scratch: Scratch::default(),
+            dense: plan
+                .steps
+                .iter()
+                .map(|s| s.inputs.iter().map(dense).collect())
+                .collect(),
+        }
+    }
+
+    /// Copies a value of the caller into its place.
+    pub fn write_input(&mut self, slot: &Slot, value: Array<'_>) -> Result<(), Error> {
+        let fail = |message: String| Error::Value {
+            what: "input",
+            name: slot.name.clone(),
+            message,
+        };
+        let Place::Arena(range) = &slot.operand.place else {
+            return Err(internal("an input outside the arena"));
+        };
+        let count = elements(&slot.operand.layout.shape);
+        if value.data.len() != count {
+            return Err(fail(format!(
+                "{} elements came, {count} are needed",
+                value.data.len()
+            )));
+        }
+        let memory = self
+            .arena
+            .as_mut_slice()
+            .get_mut(range.start..range.start + count);
+        let memory = memory.ok_or_else(|| internal("an input outside the arena"))?;
+        match (value.data, slot.operand.storage) {
+            (Data::F32(from), Storage::F32) => memory.copy_from_slice(from),
+            (Data::F16(from), Storage::F32) => kernels::f16_to_f32(from, memory),
+            (Data::I32(from), Storage::I32) => bytemuck::cast_slice_mut(memory).copy_from_slice(from),
+            _ => {
+                return Err(fail(format!(
+                    "elements of another kind came, {} is needed",
+                    slot.dtype
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs every step.
+    pub fn run(
+        &mut self,
+        plan: &Plan,
+        states: &mut [&mut StateBuffer],
+        mut options: RunOptions<'_>,
+    ) -> Result<(), Error> {
+        for (i, step) in plan.steps.iter().enumerate() {
+            self.step(i, step, states, options.pool)?;
+            if options.faithful {
+                self.round(step);
+            }
+            if let Some(observer) = options.observer.as_deref_mut() {
+                let read = |(o, d): (&Operand, &DType)| self.read(o, *d, states);
+                let results = step
+                    .outputs
+                    .iter()
+                    .zip(&step.dtypes)
+                    .map(read)
+                    .collect::<Result<Vec<_>, _>>()?;
+                observer.after(step, &results);
+            }
+        }
+        Ok(())
+    }
+
+    fn step(
+        &mut self,
+        index: usize,
+        step: &Step,
+        states: &mut [&mut StateBuffer],
+        pool: &Pool,
+    ) -> Result<(), Error> {
+        let mut reads: SmallVec<[Range<usize>; 4]> = SmallVec::new();
+        let mut writes: SmallVec<[Range<usize>; 2]> = SmallVec::new();
+        for o in &step.inputs {
+            if let Place::Arena(r) = &o.place {
+                reads.push(r.clone());
+            }
+        }
+        let mut written_state = None;
+        for o in &step.outputs {
+            match &o.place {
+                Place::Arena(r) => writes.push(r.clone()),
+                Place::State(i) => written_state = Some(*i),
+                _ => return Err(internal("a result in a constant")),
+            }
+        }
+        let mut read_slices: SmallVec<[&[f32]; 4]> = SmallVec::new();
+        let mut write_slices: SmallVec<[Option<&mut [f32]>; 2]> = SmallVec::new();
+        self.arena
+            .lend(
+                &reads,
+                &writes,
+                |_, s| read_slices.push(s),
+                |_, s| write_slices.push(Some(s)),
+            )
+            .ok_or_else(|| internal(&format!("step {:?} reads what it writes", step.name)))?;
+        let mut args = Args {
+            inputs: SmallVec::new(),
+            outputs: SmallVec::new(),
+            pool,
+            scratch: &mut self.scratch,
+        };
+        let (below, written, above) = split(states, written_state);
+        let mut next_read = read_slices.iter();
+        for (n, o) in step.inputs.iter().enumerate() {
+            let input = match &o.place {
+                Place::Arena(_) => arena_view(next_read.next().copied().unwrap_or(&[]), o),
+                Place::Const(c) => {
+                    let dense = self
+                        .dense
+                        .get(index)
+                        .and_then(|d| d.get(n))
+                        .and_then(Option::as_deref);
+                    const_view(c, dense, o)
+                }
+                Place::State(i) if *i < below.len() => state_view(&*below[*i], o),
+                Place::State(i) => above.get(i - below.len() - 1).and_then(|s| state_view(s, o)),
+                Place::Result => Some(In::Result),
+            };
+            args.inputs
+                .push(input.ok_or_else(|| internal(&format!("step {:?}: input {n}", step.name)))?);
+        }
+        let mut written = written;
+        let mut next_write = write_slices.iter_mut();
+        for (n, o) in step.outputs.iter().enumerate() {
+            let out = match &o.place {
+                Place::State(_) => written.take().and_then(|s| state_view_mut(s, o)),
+                _ => next_write
+                    .next()
+                    .and_then(Option::take)
+                    .and_then(|s| arena_view_mut(s, o)),
+            };
+            let out = out.ok_or_else(|| internal(&format!("step {:?}: result {n}", step.name)))?;
+            args.outputs.push(Some(out));
+        }
+        step.op.run(&mut args).map_err(|e| Error::Node {
+            node: step.name.to_string(),
+            op: step.op.name().into(),
+            message: e.to_string(),
+        })
+    }
+
+    /// Rounds fp16 results to what fp16 can hold.
+    fn round(&mut self, step: &Step) {
+        for (o, dtype) in step.outputs.iter().zip(&step.dtypes) {
+            if let (Place::Arena(r), Storage::F32, DType::Fp16) = (&o.place, o.storage, dtype)
+                && let Some(memory) = self.arena.as_mut_slice().get_mut(r.clone())
+            {
+                kernels::round_to_f16(memory);
+            }
+        }
+    }
+
+    /// A copy of an operand's elements, as the type the file writes.
+    pub fn read(
+        &mut self,
+        operand: &Operand,
+        dtype: DType,
+        states: &[&mut StateBuffer],
+    ) -> Result<OwnedArray, Error> {
+        let bad = || internal("a result outside its memory");
+        let slices;
+        let dense;
+        let view = match &operand.place {
+            Place::Arena(r) => {
+                slices = self.arena.as_mut_slice().get(r.clone()).ok_or_else(bad)?;
+                arena_view(slices, operand)
+            }
+            Place::Const(c) => {
+                dense = if operand.storage == Storage::F32 {
+                    Some(c.dense())
+                } else {
+                    None
+                };
+                const_view(c, dense.as_deref(), operand)
+            }
+            Place::State(i) => states.get(*i).and_then(|s| state_view(s, operand)),
+            Place::Result => None,
+        };
+        let shape = operand.layout.shape.to_vec();
+        let layout = Layout::contiguous(&shape);
+        let n = elements(&shape);
+        let pool = Pool::new(1);
+        let data = match (view.ok_or_else(bad)?, dtype) {
+            (In::F32(v), DType::Fp16) => Buffer::F16(collect(&pool, v, &layout, n, f16::ZERO)?),
+            (In::F32(v), _) => Buffer::F32(collect(&pool, v, &layout, n, 0.0)?),
+            (In::F16(v), DType::Fp16) => Buffer::F16(collect(&pool, v, &layout, n, f16::ZERO)?),
+            (In::F16(v), _) => Buffer::F32(collect(&pool, v, &layout, n, 0.0)?),
+            (In::I32(v), _) => Buffer::I32(collect(&pool, v, &layout, n, 0)?),
+            (In::Result, _) => return Err(bad()),
+        };
+        Ok(OwnedArray { shape, data })
+    }
+}
+
+fn internal(message: &str) -> Error {
+    Error::Internal {
+        message: message.into(),
+    }
+}
+
+fn collect<S, D>(pool: &Pool, v: View<'_, S>, layout: &Layout, n: usize, zero: D) -> Result<Vec<D>, Error>
+where
+    S: kernels::ConvertTo<D>,
+    D: Copy + Send + Sync,
+{
+    let mut out = vec![zero; n];
+    let to = ViewMut::new(&mut out, 0, &layout.shape, &layout.strides);
+    kernels::copy(pool, v, to.ok_or_else(|| internal("a copy outside its memory"))?);
+    Ok(out)
+}
+
+type Split<'s, 'b> = (
+    &'s [&'b mut StateBuffer],
+    Option<&'s mut StateBuffer>,
+    &'s [&'b mut StateBuffer],
+);
+
+/// The states before the written one, the written one, and those after it.
+fn split<'s, 'b>(states: &'s mut [&'b mut StateBuffer], written: Option<usize>) -> Split<'s, 'b> {
+    match written.filter(|&i| i < states.len()) {
+        None => (states, None, &[]),
+        Some(i) => {
+            let (below, rest) = states.split_at_mut(i);
+            match rest.split_first_mut() {
+                Some((one, above)) => (below, Some(one), above),
+                None => (below, None, &[]),
+            }
+        }
+    }
+}
+
+fn arena_view<'a>(slice: &'a [f32], o: &'a Operand) -> Option<In<'a>> {
+    let l = &o.layout;
+    Some(match o.storage {
+        Storage::F32 => In::F32(View::new(slice, l.offset, &l.shape, &l.strides)?),
+        Storage::I32 => In::I32(View::new(
+            bytemuck::cast_slice(slice),
+            l.offset,
+            &l.shape,
+            &l.strides,
+        )?),
+        Storage::F16 => In::F16(View::new(
+            bytemuck::cast_slice(slice),
+            l.offset,
+            &l.shape,
+            &l.strides,
+        )?),
+    })
+}
+
+fn arena_view_mut<'a>(slice: &'a mut [f32], o: &'a Operand) -> Option<Out<'a>> {
+    let l = &o.layout;
+    Some(match o.storage {
+        Storage::F32 => Out::F32(ViewMut::new(slice, l.offset, &l.shape, &l.strides)?),
+        Storage::I32 => Out::I32(ViewMut::new(
+            bytemuck::cast_slice_mut(slice),
+            l.offset,
+            &l.shape,
+            &l.strides,
+        )?),
+        Storage::F16 => Out::F16(ViewMut::new(
+            bytemuck::cast_slice_mut(slice),
+            l.offset,
+            &l.shape,
+            &l.strides,
+        )?),
+    })
+}
+
+fn const_view<'a>(c: &'a Const, dense: Option<&'a [f32]>, o: &'a Operand) -> Option<In<'a>> {
+    let l = &o.layout;
+    Some(match (o.storage, &c.data) {
+        (Storage::F16, _) => In::F16(View::new(c.halves()?, l.offset, &l.shape, &l.strides)?),
+        (Storage::I32, ConstData::I32(v)) => In::I32(View::new(v, l.offset, &l.shape, &l.strides)?),
+        (Storage::F32, _) => In::F32(View::new(dense?, l.offset, &l.shape, &l.strides)?),
+        _ => return None,
+    })
+}
+
+fn state_view<'a>(s: &'a StateBuffer, o: &'a Operand) -> Option<In<'a>> {
+    let l = &o.layout;
+    Some(match &s.data {
+        StateData::F16(v) => In::F16(View::new(v, l.offset, &l.shape, &l.strides)?),
+        StateData::F32(v) => In::F32(View::new(v, l.offset, &l.shape, &l.strides)?),
+        StateData::I32(v) => In::I32(View::new(v, l.offset, &l.shape, &l.strides)?),
+    })
+}
+
+fn state_view_mut<'a>(s: &'a mut StateBuffer, o: &'a Operand) -> Option<Out<'a>> {
+    let l = &o.layout;
+    Some(match &mut s.data {
+        StateData::F16(v) => Out::F16(ViewMut::new(v, l.offset, &l.shape, &l.strides)?),
+        StateData::F32(v) => Out::F32(ViewMut::new(v, l.offset, &l.shape, &l.strides)?),
+        StateData::I32(v) => Out::I32(ViewMut::new(v, l.offset, &l.shape, &l.strides)?),
+    })
+}
