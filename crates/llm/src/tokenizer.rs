@@ -139,6 +139,10 @@ pub(crate) mod tests {
 
     /// One token a byte (ids 0 to 255), ` the` (256), special `<end>` (259) and `<turn>` (260).
     pub(crate) fn bytes_tokenizer() -> Tokenizer {
+        Tokenizer::parse("tokenizer.json", bytes_tokenizer_json().as_bytes()).unwrap()
+    }
+
+    pub(crate) fn bytes_tokenizer_json() -> String {
         let mut vocab = serde_json::Map::new();
         for byte in 0..=255u8 {
             vocab.insert(byte_symbol(byte).to_string(), byte.into());
@@ -150,7 +154,7 @@ pub(crate) mod tests {
             serde_json::json!({"id": id, "content": content, "single_word": false, "lstrip": false,
                 "rstrip": false, "normalized": false, "special": true})
         });
-        let json = serde_json::json!({
+        serde_json::json!({
             "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": null,
             "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
             "post_processor": null,
@@ -158,8 +162,8 @@ pub(crate) mod tests {
             "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
                 "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab,
                 "merges": ["Ġ t", "h e", "Ġt he"]}
-        });
-        Tokenizer::parse("tokenizer.json", json.to_string().as_bytes()).unwrap()
+        })
+        .to_string()
     }
 
     /// The printable character byte-level vocabularies write for a byte.

@@ -1,6 +1,7 @@
 //! ANEMLL bundles of several components: embeddings, chunks of layers with `prefill` and `infer`, a language head.
 
 mod batches;
+mod coreml;
 mod head;
 mod masks;
 mod part;
@@ -15,6 +16,7 @@ use candle_core::{Device, Tensor};
 use crate::Error;
 use crate::model::{LanguageModel, Prediction};
 use batches::Batch;
+pub(crate) use coreml::CoreMlPart;
 use head::Head;
 pub(crate) use head::Vocabulary;
 use masks::Masks;
