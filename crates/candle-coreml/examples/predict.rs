@@ -46,6 +46,7 @@ fn zeros(model: &CoreMLModel) -> Result<Vec<(String, Tensor)>, Box<dyn std::erro
     for input in model.inputs().iter().filter(|input| !input.optional) {
         let tensor = match &input.ty {
             FeatureType::MultiArray(array) => {
+                // Zeros of any dtype become zeros of the declared one.
                 Tensor::zeros(array.shape.as_slice(), DType::F32, &Device::Cpu)?
             }
             FeatureType::Image(image) => {

@@ -1,4 +1,4 @@
-//! A model that remembers: runs it twice from a zero state, forks the state, and shows what is in the buffers:
+//! A model that remembers: runs it, forks its state, resets it, and shows what is in the buffers each time:
 //! `cargo run --example stateful -- model.mlpackage [function]`
 
 use candle_core::{DType, Device, Tensor};
@@ -16,14 +16,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         return Err(format!("{path}: function {:?} has no states", model.function().name).into());
     }
 
-    // Zeros are tokens, positions and masks that every language model accepts.
     let mut tensors = Vec::new();
     for input in model.inputs() {
         let FeatureType::MultiArray(array) = &input.ty else {
             return Err(format!("input {:?} is not an array", input.name).into());
         };
-        let zeros = Tensor::zeros(array.shape.as_slice(), DType::F32, &Device::Cpu)?;
-        tensors.push((input.name.as_str(), zeros));
+        // Zero is a token, a position and a mask of every language model; hidden states of zero would leave no trace.
+        let masks_or_integers = !array.dtype.is_float() || input.name.to_lowercase().contains("mask");
+        let fill = if masks_or_integers { 0f32 } else { 1f32 };
+        tensors.push((
+            input.name.as_str(),
+            Tensor::full(fill, array.shape.as_slice(), &Device::Cpu)?,
+        ));
     }
     let inputs: Vec<(&str, &Tensor)> = tensors.iter().map(|(name, tensor)| (*name, tensor)).collect();
 

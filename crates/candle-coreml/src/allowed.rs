@@ -99,7 +99,8 @@ mod tests {
     fn shapes_are_allowed_as_described_and_described_as_allowed() {
         let enumerated = || Enumerated(vec![vec![1, 1], vec![1, 64]]);
         let ranges = || Ranges(vec![(1, Some(1)), (1, Some(512)), (3, None)]);
-        let rows: [(&[usize], Flexibility, &str, &[usize], bool); 13] = [
+        type Row<'a> = (&'a [usize], Flexibility, &'a str, &'a [usize], bool);
+        let rows: [Row<'_>; 13] = [
             (&[1, 64], Fixed, "[1, 64]", &[1, 64], true),
             (&[1, 64], Fixed, "[1, 64]", &[64], false),
             (&[], Fixed, "any shape", &[5, 5], true),

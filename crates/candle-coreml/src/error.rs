@@ -4,8 +4,9 @@ use crate::engine::EngineKind;
 
 /// The error of this crate.
 ///
-/// It converts into [`candle_core::Error`], so `?` works in functions that return [`candle_core::Result`].
-#[derive(Debug, thiserror::Error)]
+/// It converts into [`candle_core::Error`], so `?` works in functions that return [`candle_core::Result`]. `Debug` prints
+/// the same words as `Display`, as Candle's error does: that is what `main` and `unwrap` show.
+#[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// The files could not be read as a Core ML model.
@@ -238,6 +239,12 @@ impl std::fmt::Display for FeatureRole {
             FeatureRole::Input => "input",
             FeatureRole::State => "state",
         })
+    }
+}
+
+impl std::fmt::Debug for Error {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{self}")
     }
 }
 

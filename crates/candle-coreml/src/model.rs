@@ -393,7 +393,7 @@ mod tests {
             ),
             described("double", vec![vector("a")], vec![vector("sum")]),
         ];
-        let engine = FakeEngine::new(functions, |inputs, _| {
+        let engine = FakeEngine::engine(functions, |inputs, _| {
             let tensors = inputs.iter().map(|i| {
                 let InputValue::Array(array) = i.value else {
                     panic!("not an array")
@@ -486,7 +486,7 @@ mod tests {
             };
             v.as_ptr().addr()
         };
-        let engine = FakeEngine::new(vec![function], move |inputs, _| {
+        let engine = FakeEngine::engine(vec![function], move |inputs, _| {
             let InputValue::Array(array) = inputs[0].value else {
                 panic!("not an array")
             };
@@ -510,7 +510,7 @@ mod tests {
         ];
         for (declared, dtype) in rows {
             let function = described("main", vec![], vec![feature("y", array(declared, &[2]))]);
-            let engine = FakeEngine::new(vec![function], |_, _| {
+            let engine = FakeEngine::engine(vec![function], |_, _| {
                 Ok(vec![("y".into(), tensor([1.0, 2.0]).into())])
             });
             let outputs = CoreMLModel::from_engine(engine).unwrap().predict(&[]).unwrap();
@@ -526,7 +526,7 @@ mod tests {
             states: vec![state("cache", Declared::Fp16, &[1])],
             ..described("infer", vec![], vec![])
         };
-        let engine = FakeEngine::new(vec![function], |_, _| panic!("ran without its state"));
+        let engine = FakeEngine::engine(vec![function], |_, _| panic!("ran without its state"));
         let words = CoreMLModel::from_engine(engine)
             .unwrap()
             .predict(&[])
@@ -557,7 +557,7 @@ mod tests {
             vec![feature("x", array(Declared::Fp32, &[2]))],
             vec![feature("x", array(Declared::Fp32, &[2]))],
         );
-        let engine = FakeEngine::new(vec![function], move |inputs, _| {
+        let engine = FakeEngine::engine(vec![function], move |inputs, _| {
             meeting.wait();
             let InputValue::Array(array) = inputs[0].value else {
                 panic!("not an array")
@@ -581,7 +581,7 @@ mod tests {
 
     #[test]
     fn an_engines_failure_keeps_its_words_and_its_source() {
-        let engine = FakeEngine::new(vec![described("main", vec![], vec![])], |_, _| {
+        let engine = FakeEngine::engine(vec![described("main", vec![], vec![])], |_, _| {
             Err("out of memory".into())
         });
         let error = CoreMLModel::from_engine(engine)

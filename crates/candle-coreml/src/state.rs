@@ -169,7 +169,7 @@ mod tests {
             ..FunctionDescription::default()
         };
         // Each run adds one to every buffer.
-        CoreMLModel::from_engine(FakeEngine::new(vec![function], |_, state| {
+        CoreMLModel::from_engine(FakeEngine::engine(vec![function], |_, state| {
             for buffer in state.ok_or("no state")?.buffers.values_mut() {
                 *buffer = (&*buffer + 1.0)?;
             }

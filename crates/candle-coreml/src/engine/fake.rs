@@ -63,7 +63,7 @@ pub(crate) fn state(name: &str, dtype: DType, shape: &[usize]) -> Feature {
 }
 
 impl FakeEngine {
-    pub(crate) fn new<F>(functions: Vec<FunctionDescription>, run: F) -> Arc<dyn Engine>
+    pub(crate) fn engine<F>(functions: Vec<FunctionDescription>, run: F) -> Arc<dyn Engine>
     where
         F: Fn(&[Input<'_>], Option<&mut FakeState>) -> Result<Vec<(String, Value)>, BoxError>
             + Send

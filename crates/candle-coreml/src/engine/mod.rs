@@ -5,6 +5,7 @@
 
 #[cfg(test)]
 pub(crate) mod fake;
+mod portable;
 
 use crate::builder::{Options, Origin};
 use crate::error::Error;
@@ -141,12 +142,8 @@ fn open_apple(_origin: &Origin, _options: &Options) -> Result<Arc<dyn Engine>, E
     })
 }
 
-fn open_portable(origin: &Origin, _options: &Options) -> Result<Arc<dyn Engine>, Error> {
-    let _model = origin.open()?;
-    Err(Error::EngineUnavailable {
-        engine: EngineKind::Portable,
-        reason: "this build is without it".to_string(),
-    })
+fn open_portable(origin: &Origin, options: &Options) -> Result<Arc<dyn Engine>, Error> {
+    portable::open(Arc::new(origin.open()?), options)
 }
 
 impl Origin {
