@@ -28,8 +28,6 @@ pub(crate) struct Toy {
     pub(crate) argmax: bool,
     pub(crate) update_mask: bool,
     pub(crate) batched_prefill: bool,
-    /// Token the toy always predicts once it has been asked this many times.
-    pub(crate) ends_with: Option<(usize, u32)>,
 }
 
 impl Default for Toy {
@@ -42,7 +40,6 @@ impl Default for Toy {
             argmax: false,
             update_mask: false,
             batched_prefill: true,
-            ends_with: None,
         }
     }
 }
@@ -235,16 +232,7 @@ impl ToyPart {
 
     fn logits(&self, inputs: &[(&str, &Tensor)]) -> Vec<(String, Tensor)> {
         let digest = integers(&input(inputs, "hidden_states").narrow(2, 0, 1).unwrap())[0];
-        let asked = self.calls.lock().unwrap().len();
-        let forced = self
-            .toy
-            .ends_with
-            .filter(|(after, _)| asked >= *after)
-            .map(|(_, token)| token as usize);
-        let logit = |token: usize| match forced {
-            Some(forced) => f32::from(u8::from(token == forced)),
-            None => ((token as i64 * 37 + digest) % MODULUS) as f32 / 64.0,
-        };
+        let logit = |token: usize| ((token as i64 * 37 + digest) % MODULUS) as f32 / 64.0;
         let size = VOCABULARY / self.toy.head_parts;
         let parts: Vec<Vec<f32>> = (0..self.toy.head_parts)
             .map(|p| (p * size..(p + 1) * size).map(logit).collect())
