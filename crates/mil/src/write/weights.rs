@@ -243,6 +243,31 @@ mod tests {
     }
 
     #[test]
+    fn weights_of_the_same_hash_are_told_apart_by_their_bytes() {
+        in_file("hashes", |mut writer| {
+            let ty = TensorType::fixed(DType::Uint8, &[4]);
+            let offset = writer.write(&ty, &mut &b"abcd"[..]).unwrap();
+            let old = writer.blobs[0];
+            let new = Blob {
+                record: 192,
+                data: 256,
+                ..old
+            };
+            for (data, equal) in [(b"abce", false), (b"abcd", true)] {
+                let hash = writer.copy(&new, &mut &data[..]).unwrap().unwrap();
+                writer.by_hash.insert(hash, vec![0]);
+                assert_eq!(
+                    writer.find_equal(hash, &new).unwrap().is_some(),
+                    equal,
+                    "{data:?}"
+                );
+            }
+            writer.finish().unwrap();
+            vec![(offset, ty, b"abcd".to_vec())]
+        });
+    }
+
+    #[test]
     fn weights_larger_than_a_piece_are_compared_whole() {
         let size = PIECE_BYTES + 5;
         let ty = TensorType::fixed(DType::Int8, &[size]);
