@@ -121,14 +121,11 @@ impl WeightWriter {
 
     /// A blob of the same type and bytes as the one just copied.
     fn find_equal(&mut self, hash: u64, new: &Blob) -> Result<Option<Blob>> {
-        let candidates: Vec<_> = self
-            .by_hash
-            .get(&hash)
-            .into_iter()
-            .flatten()
-            .filter_map(|i| self.blobs.get(*i))
-            .collect();
-        for old in candidates.into_iter().copied().collect::<Vec<_>>() {
+        let candidates = self.by_hash.get(&hash).cloned().unwrap_or_default();
+        for index in candidates {
+            let Some(old) = self.blobs.get(index).copied() else {
+                continue;
+            };
             if old.code == new.code && old.size == new.size && self.equal(&old, new)? {
                 return Ok(Some(old));
             }
