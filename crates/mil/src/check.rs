@@ -136,7 +136,7 @@ fn operation<'p>(op: &'p Operation, scope: &mut Scope<'p>, depth: usize) -> Resu
     if op.op_type.is_empty() {
         return Err(problem!("no operator"));
     }
-    unique(op.inputs.iter().map(|(name, _)| name), "input")?;
+    unique(&op.inputs, "input")?;
     for (name, arguments) in &op.inputs {
         for argument in arguments {
             match argument {
@@ -156,16 +156,26 @@ fn operation<'p>(op: &'p Operation, scope: &mut Scope<'p>, depth: usize) -> Resu
 }
 
 fn attributes(list: &Attributes) -> Result<()> {
-    unique(list.iter().map(|(name, _)| name), "attribute")?;
+    unique(list, "attribute")?;
     list.iter()
         .try_for_each(|(name, v)| value(v, 0).map_err(|p| p.within(format!("attribute {name:?}"))))
 }
 
-fn unique<'p>(names: impl Iterator<Item = &'p String>, what: &str) -> Result<()> {
+/// Lists of names are short as a rule; longer ones are not compared pair by pair.
+const FEW_NAMES: usize = 16;
+
+fn unique<T>(list: &[(String, T)], what: &str) -> Result<()> {
+    let fail = |name: &String| Err(problem!("{what} {name:?} is empty or given twice"));
     let mut seen = HashSet::new();
-    for name in names {
-        if name.is_empty() || !seen.insert(name) {
-            return Err(problem!("{what} {name:?} is empty or given twice"));
+    for (i, (name, _)) in list.iter().enumerate() {
+        let before = list.iter().take(i).map(|(name, _)| name);
+        let twice = if list.len() <= FEW_NAMES {
+            before.into_iter().any(|n| n == name)
+        } else {
+            !seen.insert(name)
+        };
+        if twice || name.is_empty() {
+            return fail(name);
         }
     }
     Ok(())
@@ -375,6 +385,24 @@ mod tests {
         for (body, expected) in cases {
             let found = checked(body);
             assert!(found.contains(expected), "{body}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn names_given_twice_are_found_in_short_and_long_lists() {
+        for count in [2, 40] {
+            let mut inputs: Vec<_> = (0..count).map(|i| format!("a{i} = x")).collect();
+            assert_eq!(
+                checked(&format!("fp32 y = f({});", inputs.join(", "))),
+                "",
+                "{count}"
+            );
+            inputs.push("a1 = x".to_string());
+            let found = checked(&format!("fp32 y = f({});", inputs.join(", ")));
+            assert!(
+                found.contains("input \"a1\" is empty or given twice"),
+                "{count}: {found}"
+            );
         }
     }
 

@@ -44,10 +44,17 @@ pub struct Model {
     content_size_bytes: u64,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 struct WeightFile {
     display: String,
     bytes: Bytes,
+}
+
+/// The size instead of the weights, which are too many to print.
+impl std::fmt::Debug for WeightFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} ({} bytes)", self.display, self.bytes.len())
+    }
 }
 
 /// What the parts of an opened model come from.
@@ -358,6 +365,12 @@ mod tests {
             let found = open(files, root).unwrap_err();
             assert!(found.contains(expected), "{root}: {found}");
         }
+    }
+
+    #[test]
+    fn models_are_shared_between_threads() {
+        fn shared<T: Send + Sync + 'static>() {}
+        shared::<Model>();
     }
 
     #[test]

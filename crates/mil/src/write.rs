@@ -144,7 +144,8 @@ impl PackageWriter {
 
     /// Writes the program and its description and puts the package in place.
     ///
-    /// References into weight files have to be those that [`PackageWriter::weight`] gave.
+    /// References into weight files have to be those that [`PackageWriter::weight`] gave. Blocks, types and values
+    /// nested more than some 30 levels deep are written, but protobuf readers stop at 100 messages inside each other.
     ///
     /// # Errors
     /// [`Error::Program`] when the program breaks a rule of [`Program::check`]; [`Error::Content`] for references to other

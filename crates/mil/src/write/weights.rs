@@ -121,14 +121,11 @@ impl WeightWriter {
 
     /// A blob of the same type and bytes as the one just copied.
     fn find_equal(&mut self, hash: u64, new: &Blob) -> Result<Option<Blob>> {
-        let candidates: Vec<_> = self
-            .by_hash
-            .get(&hash)
-            .into_iter()
-            .flatten()
-            .filter_map(|i| self.blobs.get(*i))
-            .collect();
-        for old in candidates.into_iter().copied().collect::<Vec<_>>() {
+        let candidates = self.by_hash.get(&hash).cloned().unwrap_or_default();
+        for index in candidates {
+            let Some(old) = self.blobs.get(index).copied() else {
+                continue;
+            };
             if old.code == new.code && old.size == new.size && self.equal(&old, new)? {
                 return Ok(Some(old));
             }
@@ -237,6 +234,31 @@ mod tests {
             assert_eq!(offset, 64);
             // Duplicates at the end are cut off.
             writer.write(&ty, &mut &b"abcd"[..]).unwrap();
+            writer.finish().unwrap();
+            vec![(offset, ty, b"abcd".to_vec())]
+        });
+    }
+
+    #[test]
+    fn weights_of_the_same_hash_are_told_apart_by_their_bytes() {
+        in_file("hashes", |mut writer| {
+            let ty = TensorType::fixed(DType::Uint8, &[4]);
+            let offset = writer.write(&ty, &mut &b"abcd"[..]).unwrap();
+            let old = writer.blobs[0];
+            let new = Blob {
+                record: 192,
+                data: 256,
+                ..old
+            };
+            for (data, equal) in [(b"abce", false), (b"abcd", true)] {
+                let hash = writer.copy(&new, &mut &data[..]).unwrap().unwrap();
+                writer.by_hash.insert(hash, vec![0]);
+                assert_eq!(
+                    writer.find_equal(hash, &new).unwrap().is_some(),
+                    equal,
+                    "{data:?}"
+                );
+            }
             writer.finish().unwrap();
             vec![(offset, ty, b"abcd".to_vec())]
         });
