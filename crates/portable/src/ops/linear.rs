@@ -162,6 +162,9 @@ impl Op for Gated {
     }
 }
 
+/// A weight matrix and its bias, as the kernels take several of them.
+type Layer<'a> = (&'a Weights, Option<&'a [f32]>);
+
 /// Several products of one input: made by a pass.
 #[derive(Debug, Clone)]
 pub struct LinearMany {
@@ -184,7 +187,7 @@ impl Op for LinearMany {
         let lx = as_matrix(&layout_of(&x)).ok_or(flat)?;
         let rows = lx.shape[0];
         let x = kernels::View::new(x.data(), lx.offset, &lx.shape, &lx.strides).ok_or(flat)?;
-        let layers: SmallVec<[(&Weights, Option<&[f32]>); 4]> = self
+        let layers: SmallVec<[Layer<'_>; 4]> = self
             .layers
             .iter()
             .map(|l| (&l.weights, l.bias.as_deref()))
