@@ -6,6 +6,8 @@
 mod few;
 mod many;
 
+pub(crate) use few::softmax;
+
 use crate::loops::Shared;
 use crate::matmul::{Operand, Source};
 use crate::pool::Pool;
