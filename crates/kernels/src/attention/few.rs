@@ -423,6 +423,42 @@ impl<T: Stored> Sum<'_, T> {
     }
 }
 
+/// `out[r, i] = rows[r] . m[i]` for up to three dense rows of `k` and `count` items of `m`, which are `item` apart with
+/// elements `step` apart; one of the two is 1.
+///
+/// # Safety
+/// The items are readable.
+pub(crate) unsafe fn few_rows<T: Stored>(
+    m: *const T,
+    (item, step): (isize, isize),
+    (count, k): (usize, usize),
+    rows: &[f32],
+    out: &mut [f32],
+) {
+    if step == 1 {
+        dispatch(Dots {
+            m,
+            step: item,
+            runs: std::slice::from_ref(&(0..count)),
+            q: rows,
+            size: k,
+            scores: out,
+        });
+    } else {
+        assert_eq!(item, 1, "items or their elements lie side by side");
+        let all = [0..k];
+        dispatch(Sum {
+            m,
+            step,
+            runs: &all,
+            p: rows,
+            visible: k,
+            size: count,
+            out,
+        });
+    }
+}
+
 /// Softmax in place; zeros where everything is minus infinity.
 struct Softmax<'a> {
     scores: &'a mut [f32],

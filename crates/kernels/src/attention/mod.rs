@@ -6,7 +6,7 @@
 mod few;
 mod many;
 
-pub(crate) use few::softmax;
+pub(crate) use few::{few_rows, softmax};
 
 use crate::loops::Shared;
 use crate::matmul::{Operand, Source};
