@@ -98,6 +98,15 @@ impl Chat {
         &self.session
     }
 
+    /// Forgets everything and starts with a system message, or with none where `content` is empty.
+    pub fn restart_with_system(&mut self, content: &str) {
+        self.messages.clear();
+        self.reset();
+        if !content.is_empty() {
+            self.push(Message::system(content));
+        }
+    }
+
     /// Forgets what was said, but for system messages.
     pub fn reset(&mut self) {
         self.messages.retain(|message| message.role == "system");
@@ -171,5 +180,7 @@ mod tests {
         chat.reset();
         assert_eq!(chat.messages(), [Message::system("s")]);
         assert_eq!(chat.session().cached_tokens(), 0);
+        chat.restart_with_system("t");
+        assert_eq!(chat.messages(), [Message::system("t")]);
     }
 }

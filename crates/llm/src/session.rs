@@ -326,9 +326,23 @@ impl Generation<'_> {
     /// # Errors
     /// What the engine says.
     pub fn prefill(&mut self, mut progress: impl FnMut(usize, usize)) -> Result<(), Error> {
+        self.prefill_while(|done, total| {
+            progress(done, total);
+            true
+        })
+    }
+
+    /// As [`Generation::prefill`], and ends the text when `go_on` says so after a batch.
+    ///
+    /// # Errors
+    /// What the engine says.
+    pub fn prefill_while(&mut self, mut go_on: impl FnMut(usize, usize) -> bool) -> Result<(), Error> {
         while self.finished.is_none() && self.unfilled() > 0 {
-            if let Step::Prefilled { done, total } = self.step()? {
-                progress(done, total);
+            let step = self.step()?;
+            if let Step::Prefilled { done, total } = step
+                && !go_on(done, total)
+            {
+                self.cancel();
             }
         }
         Ok(())
@@ -695,6 +709,14 @@ mod tests {
         );
         assert!(matches!(&steps[3], Step::Token(piece) if piece.token == by_callback.tokens[0]));
         assert_eq!(steps[4..], [Step::Finished(FinishReason::Length)]);
+        session.reset();
+        let mut generation = session.generate(&prompt(130), &at_most(1)).unwrap();
+        generation.prefill_while(|done, _| done < 100).unwrap();
+        assert_eq!(
+            generation.step().unwrap(),
+            Step::Finished(FinishReason::Cancelled)
+        );
+        assert_eq!(session.cached_tokens(), 128);
     }
 
     #[test]
