@@ -324,9 +324,8 @@ unsafe fn block_sum<const BITS: usize>(
     sum: __m256,
 ) -> __m256 {
     // SAFETY: the caller's.
-    let [a, b] = unsafe { unpack::<BITS>(indices) };
-    let (a_low, a_high) = table.look_up(a);
-    let (b_low, b_high) = table.look_up(b);
+    let indices = unsafe { unpack::<BITS>(indices) };
+    let [(a_low, a_high), (b_low, b_high)] = table.look_up(indices);
     let words = [
         _mm256_unpacklo_epi8(a_low, a_high),
         _mm256_unpackhi_epi8(a_low, a_high),
@@ -411,42 +410,34 @@ impl<const BITS: usize> Table<BITS> {
         }
     }
 
-    /// Low and high bytes of the entries at `index`.
+    /// Low and high bytes of the entries at two vectors of indices.
     #[target_feature(enable = "avx2,fma")]
     #[inline]
-    fn look_up(&self, index: __m256i) -> (__m256i, __m256i) {
+    fn look_up(&self, [a, b]: [__m256i; 2]) -> [(__m256i, __m256i); 2] {
         if BITS == 4 {
-            return (
-                _mm256_shuffle_epi8(self.low[0], index),
-                _mm256_shuffle_epi8(self.high[0], index),
-            );
+            let (low, high) = (self.low[0], self.high[0]);
+            return [
+                (_mm256_shuffle_epi8(low, a), _mm256_shuffle_epi8(high, a)),
+                (_mm256_shuffle_epi8(low, b), _mm256_shuffle_epi8(high, b)),
+            ];
         }
-        // A permute gives 0 where the index byte's top bit is set. Flipping the quarter's number makes the indices
-        // of that quarter the ones below 16, and adding 112 sets the top bit of all others.
-        let only = |quarter: i8| {
-            _mm256_adds_epu8(
-                _mm256_xor_si256(index, _mm256_set1_epi8(quarter << 4)),
-                _mm256_set1_epi8(112),
-            )
-        };
-        let parts = [only(0), only(1), only(2), only(3)];
-        (gather(&self.low, parts), gather(&self.high, parts))
+        let zero = _mm256_setzero_si256();
+        let mut found = [(zero, zero); 2];
+        for quarter in 0..4 {
+            // A permute gives 0 where the index byte's top bit is set. Flipping the quarter's number makes the
+            // indices of that quarter the ones below 16, and adding 112 sets the top bit of all others.
+            let flip = _mm256_set1_epi8((quarter as i8) << 4);
+            let all = _mm256_set1_epi8(112);
+            let (low, high) = (self.low[quarter], self.high[quarter]);
+            let at = _mm256_add_epi8(_mm256_xor_si256(a, flip), all);
+            found[0].0 = _mm256_or_si256(found[0].0, _mm256_shuffle_epi8(low, at));
+            found[0].1 = _mm256_or_si256(found[0].1, _mm256_shuffle_epi8(high, at));
+            let at = _mm256_add_epi8(_mm256_xor_si256(b, flip), all);
+            found[1].0 = _mm256_or_si256(found[1].0, _mm256_shuffle_epi8(low, at));
+            found[1].1 = _mm256_or_si256(found[1].1, _mm256_shuffle_epi8(high, at));
+        }
+        found
     }
-}
-
-/// The bytes of a plane of 64 at the one part of an index that is not out of range.
-#[target_feature(enable = "avx2,fma")]
-#[inline]
-fn gather(plane: &[__m256i; 4], parts: [__m256i; 4]) -> __m256i {
-    let lower = _mm256_or_si256(
-        _mm256_shuffle_epi8(plane[0], parts[0]),
-        _mm256_shuffle_epi8(plane[1], parts[1]),
-    );
-    let upper = _mm256_or_si256(
-        _mm256_shuffle_epi8(plane[2], parts[2]),
-        _mm256_shuffle_epi8(plane[3], parts[3]),
-    );
-    _mm256_or_si256(lower, upper)
 }
 
 /// Decodes `out.len()` palettised entries into `f32`, exactly, from planes of `f16`.
@@ -493,8 +484,7 @@ unsafe fn decode_block<const BITS: usize>(table: &Table<BITS>, indices: *const u
         (a, b)
     };
     // Both halves hold 32 columns in order now.
-    for (half, index) in [a, b].into_iter().enumerate() {
-        let (low, high) = table.look_up(index);
+    for (half, (low, high)) in table.look_up([a, b]).into_iter().enumerate() {
         let (first, second) = (_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high));
         // SAFETY: 32 numbers of the block's 64.
         unsafe {
