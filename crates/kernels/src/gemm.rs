@@ -171,6 +171,7 @@ impl Kernel for Block<'_> {
 /// `R` rows of `panel.len() / (2 * LANES)` elements lie at `first`, `stride` apart; `R` lines of `2 * LANES` are
 /// writable at `c`, `line` apart.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)] // the innermost kernel; each of them is a register
 unsafe fn tile<S: Simd, const R: usize>(
     s: S,
     panel: &[f32],

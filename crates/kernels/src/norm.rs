@@ -83,8 +83,8 @@ impl<'a> Rule<'a> {
         }
         ROW.with_borrow_mut(|row| {
             row.resize(n, 0.0);
-            // SAFETY: `nest` visits offsets inside the row.
             each(nest, |at| {
+                // SAFETY: `nest` visits offsets inside the row.
                 row[at[2] as usize] = unsafe { *x.wrapping_offset(at[1]) }
             });
             let data = row.as_mut_ptr();
@@ -94,9 +94,9 @@ impl<'a> Rule<'a> {
                 y: data,
                 n,
             });
-            // SAFETY: as above.
-            each(nest, |at| unsafe {
-                *y.wrapping_offset(at[0]) = row[at[2] as usize]
+            each(nest, |at| {
+                // SAFETY: as above.
+                unsafe { *y.wrapping_offset(at[0]) = row[at[2] as usize] };
             });
         });
     }

@@ -224,11 +224,7 @@ impl<T: Stored> Kernel for Dots<'_, T> {
     fn run<S: Simd>(self, s: S) {
         let visible: usize = self.runs.iter().map(Range::len).sum();
         let size = self.size;
-        let rows = if visible == 0 {
-            0
-        } else {
-            self.scores.len() / visible
-        };
+        let rows = self.scores.len().checked_div(visible).unwrap_or(0);
         assert!(self.q.len() == rows * size || visible == 0, "attention: queries");
         let mut i = 0;
         for run in self.runs {

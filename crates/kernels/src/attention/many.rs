@@ -9,23 +9,12 @@ use crate::scratch::Scratch;
 use crate::simd::{Kernel, Simd, dispatch};
 use std::ops::Range;
 
-/// Where the parts of the working memory begin, in elements.
-struct Layout {
-    /// Visible keys.
-    visible: usize,
-    /// Packed keys and values of one head.
-    kv: usize,
-    /// Of one thread.
-    each: usize,
-}
-
 pub(super) fn run(pool: &Pool, call: &Call, runs: &[Range<usize>], scratch: &mut Scratch) {
     let visible: usize = runs.iter().map(Range::len).sum();
     let width = panel_width();
     let kv = visible * (call.size + call.v_size);
     let each = (call.size + visible + call.v_size) * width + block_space(visible.max(call.v_size));
     let each = each.next_multiple_of(16);
-    let layout = Layout { visible, kv, each };
     let space = scratch.f32((call.kv_heads * kv).next_multiple_of(16) + pool.threads() * each);
     let (packed, work) = space.split_at_mut((call.kv_heads * kv).next_multiple_of(16));
     let target = Shared(packed.as_mut_ptr());
@@ -53,7 +42,7 @@ pub(super) fn run(pool: &Pool, call: &Call, runs: &[Range<usize>], scratch: &mut
         panel(
             call,
             runs,
-            &layout,
+            visible,
             (head, first..(first + width).min(lanes)),
             &packed[head * kv..],
             work,
@@ -65,13 +54,12 @@ pub(super) fn run(pool: &Pool, call: &Call, runs: &[Range<usize>], scratch: &mut
 fn panel(
     call: &Call,
     runs: &[Range<usize>],
-    layout: &Layout,
+    visible: usize,
     (head, lanes): (usize, Range<usize>),
     packed: &[f32],
     work: &mut [f32],
 ) {
     let width = panel_width();
-    let visible = layout.visible;
     let place = |lane: usize| (head * call.group() + lane / call.queries, lane % call.queries);
     let (q, rest) = work.split_at_mut(call.size * width);
     let (scores, rest) = rest.split_at_mut(visible * width);

@@ -181,13 +181,15 @@ impl Call {
             if steps[2] == 1 && to[1] == 1 {
                 let out = &mut out[i * to[0]..][..size];
                 match source {
-                    // SAFETY: a row of the operand.
                     Source::F32(p) => {
-                        out.copy_from_slice(unsafe { std::slice::from_raw_parts(p.at(base), size) })
+                        // SAFETY: a row of the operand.
+                        let row = unsafe { std::slice::from_raw_parts(p.at(base).cast_const(), size) };
+                        out.copy_from_slice(row);
                     }
                     Source::F16(p) => {
                         // SAFETY: a row of the operand.
-                        crate::copy::f16_to_f32(unsafe { std::slice::from_raw_parts(p.at(base), size) }, out);
+                        let row = unsafe { std::slice::from_raw_parts(p.at(base).cast_const(), size) };
+                        crate::copy::f16_to_f32(row, out);
                     }
                 }
                 continue;

@@ -72,26 +72,16 @@ impl Kernel for Zip {
         } = self;
         macro_rules! each {
             ($a:ident, $b:ident => $vector:expr) => {{
-                // SAFETY: both operands have an element.
-                let (a0, b0) = if n > 0 {
-                    unsafe { (s.splat(*a), s.splat(*b)) }
-                } else {
+                if n == 0 {
                     return;
-                };
+                }
+                // SAFETY: both operands have an element.
+                let a0 = s.splat(unsafe { *a });
+                // SAFETY: as above.
+                let b0 = s.splat(unsafe { *b });
                 let mut i = 0;
                 while i + S::LANES <= n {
-                    // SAFETY: a whole vector of a stepping operand.
-                    let $a = if steps[0] {
-                        unsafe { s.load(a.add(i)) }
-                    } else {
-                        a0
-                    };
-                    // SAFETY: as above.
-                    let $b = if steps[1] {
-                        unsafe { s.load(b.add(i)) }
-                    } else {
-                        b0
-                    };
+                    let ($a, $b) = (vector(s, a, steps[0], i, a0), vector(s, b, steps[1], i, b0));
                     let value = $vector;
                     // SAFETY: as above.
                     unsafe { s.store(y.add(i), value) };
@@ -119,6 +109,17 @@ impl Kernel for Zip {
             Binary::SquaredDifference => each!(a, b => s.mul(s.sub(a, b), s.sub(a, b))),
             Binary::Pow => each!(a, b => power(s, a, b)),
         }
+    }
+}
+
+/// The vector at `i` of a stepping operand, or the repeated element. Called by [`Zip`] alone, for whole vectors.
+#[inline(always)]
+fn vector<S: Simd>(s: S, x: *const f32, steps: bool, i: usize, repeated: S::F) -> S::F {
+    if steps {
+        // SAFETY: a whole vector of a stepping operand lies at `i`.
+        unsafe { s.load(x.add(i)) }
+    } else {
+        repeated
     }
 }
 

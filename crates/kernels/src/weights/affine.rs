@@ -16,6 +16,27 @@ pub(crate) struct Affine {
     pub row_block: usize,
     pub col_block: usize,
     pub col_blocks: usize,
+    /// Base-2 logarithm of the columns of a block, where this processor has a kernel in fixed point for the layout.
+    pub block_shift: Option<u32>,
+}
+
+fn block_shift(bits: u32, cols: usize, col_block: usize) -> Option<u32> {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let whole_bytes = (cols * bits as usize).is_multiple_of(8);
+        if !whole_bytes || !crate::simd::has_avx2() {
+            return None;
+        }
+        if col_block >= cols {
+            return Some(usize::BITS - 1);
+        }
+        (col_block.is_power_of_two() && col_block >= 32).then(|| col_block.trailing_zeros())
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let _ = (bits, cols, col_block);
+        None
+    }
 }
 
 impl Affine {
@@ -46,7 +67,9 @@ impl Affine {
         if let Some(zero) = &zero {
             expect_len("zero", zero.len(), blocks, (rows, cols))?;
         }
+        let block_shift = block_shift(bits, cols, col_block);
         Ok(Affine {
+            block_shift,
             cols,
             bits,
             signed,

@@ -175,7 +175,7 @@ mod tests {
                     packed[at / 8] |= ((index >> bit & 1) as u8) << (at % 8);
                 }
             }
-            let table: Vec<f32> = (0..3 * 2 << bits).map(|i| i as f32).collect();
+            let table: Vec<f32> = (0..6 << bits).map(|i| i as f32).collect();
             let lut = Lut::new((rows, cols), bits, packed.into(), table, (2, 4)).unwrap();
             for row in 0..rows {
                 let mut out = vec![0.0; cols - 1];
