@@ -421,23 +421,22 @@ impl<const BITS: usize> Table<BITS> {
                 (_mm256_shuffle_epi8(low, b), _mm256_shuffle_epi8(high, b)),
             ];
         }
-        let zero = _mm256_setzero_si256();
-        let mut found = [(zero, zero); 2];
-        for quarter in 0..4 {
-            // A permute gives 0 where the index byte's top bit is set. Flipping the quarter's number makes the
-            // indices of that quarter the ones below 16, and adding 112 sets the top bit of all others.
-            let flip = _mm256_set1_epi8((quarter as i8) << 4);
-            let all = _mm256_set1_epi8(112);
-            let (low, high) = (self.low[quarter], self.high[quarter]);
-            let at = _mm256_add_epi8(_mm256_xor_si256(a, flip), all);
-            found[0].0 = _mm256_or_si256(found[0].0, _mm256_shuffle_epi8(low, at));
-            found[0].1 = _mm256_or_si256(found[0].1, _mm256_shuffle_epi8(high, at));
-            let at = _mm256_add_epi8(_mm256_xor_si256(b, flip), all);
-            found[1].0 = _mm256_or_si256(found[1].0, _mm256_shuffle_epi8(low, at));
-            found[1].1 = _mm256_or_si256(found[1].1, _mm256_shuffle_epi8(high, at));
-        }
-        found
+        // A byte's top bit selects; bits 4 and 5 of the index are moved there.
+        let a = (a, _mm256_slli_epi16::<3>(a), _mm256_slli_epi16::<2>(a));
+        let b = (b, _mm256_slli_epi16::<3>(b), _mm256_slli_epi16::<2>(b));
+        let (low_a, low_b) = (pick(&self.low, a), pick(&self.low, b));
+        [(low_a, pick(&self.high, a)), (low_b, pick(&self.high, b))]
     }
+}
+
+/// The bytes of a plane of 64 at an index, given with its bits 4 and 5 at the top of each byte.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn pick(plane: &[__m256i; 4], (index, bit4, bit5): (__m256i, __m256i, __m256i)) -> __m256i {
+    let quarter = |n: usize| _mm256_shuffle_epi8(plane[n], index);
+    let lower = _mm256_blendv_epi8(quarter(0), quarter(1), bit4);
+    let upper = _mm256_blendv_epi8(quarter(2), quarter(3), bit4);
+    _mm256_blendv_epi8(lower, upper, bit5)
 }
 
 /// Decodes `out.len()` palettised entries into `f32`, exactly, from planes of `f16`.
