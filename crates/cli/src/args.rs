@@ -80,7 +80,7 @@ pub struct GenerateArgs {
     #[arg(long, short = 'n', value_name = "N", default_value_t = 256)]
     pub max_tokens: usize,
     /// 0 takes the best token always.
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
     pub temperature: f32,
     #[command(flatten)]
     pub sampling: SamplingArgs,
@@ -105,7 +105,7 @@ pub struct ChatArgs {
     #[arg(long, short = 'n', value_name = "N", default_value_t = 512)]
     pub max_tokens: usize,
     /// 0 takes the best token always.
-    #[arg(long, value_name = "T", default_value_t = 0.7)]
+    #[arg(long, value_name = "T", default_value_t = 0.7, allow_negative_numbers = true)]
     pub temperature: f32,
     #[command(flatten)]
     pub sampling: SamplingArgs,

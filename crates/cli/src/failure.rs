@@ -4,6 +4,8 @@ use std::any::Any;
 use std::error::Error;
 use std::io;
 
+use candle_coreml_llm::Error as LlmError;
+
 /// Done.
 pub const DONE: u8 = 0;
 /// Something failed while the command ran.
@@ -66,8 +68,13 @@ impl<E: Error + 'static> From<E> for Failure {
                 .source()
                 .and_then(|s| s.downcast_ref::<io::Error>())
                 .is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe);
+        // A number out of range was written by whoever called.
+        let option = (&error as &dyn Any)
+            .downcast_ref::<LlmError>()
+            .is_some_and(|e| matches!(e, LlmError::Option { .. }));
+        let code = if option { USAGE } else { FAILED };
         Failure {
-            code: FAILED,
+            code,
             message: error.to_string(),
             broken_pipe,
         }

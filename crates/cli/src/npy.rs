@@ -6,12 +6,15 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use half::f16;
 use npyz::npz::{NpzArchive, NpzWriter};
+use npyz::zip::result::ZipError;
 use npyz::{Deserialize, NpyFile, NpyWriter, Order, TypeChar, WriterBuilder};
 
 use crate::failure::Failure;
 
 /// Files larger than this are refused, unpacked ones included.
 const LIMIT_BYTES: u64 = 16 << 30;
+/// Headers have some hundred bytes; those of records may have more.
+const HEADER_LIMIT_BYTES: u64 = 1 << 20;
 
 /// Reads one `.npy` file.
 pub fn read_npy(path: &Path) -> Result<Tensor, Failure> {
@@ -24,13 +27,17 @@ pub fn read_npz(path: &Path, name: &str) -> Result<Tensor, Failure> {
     let mut archive = NpzArchive::open(path).map_err(|e| at(path, &e))?;
     let has = names(&archive);
     let place = format!("{}:{name}", path.display());
-    match archive.by_name(name).map_err(|e| at(path, &e))? {
-        Some(array) => from_file(array, &place),
-        None => Err(Failure::new(format!(
+    match archive
+        .zip_archive()
+        .by_name(&npyz::npz::file_name_from_array_name(name))
+    {
+        Ok(array) => tensor(array, &place),
+        Err(ZipError::FileNotFound) => Err(Failure::new(format!(
             "{}: no array `{name}`; it has {}",
             path.display(),
             has.join(", ")
         ))),
+        Err(error) => Err(Failure::new(format!("{place}: {error}"))),
     }
 }
 
@@ -104,11 +111,61 @@ fn at(path: &Path, error: &io::Error) -> Failure {
     Failure::new(format!("{}: {error}", path.display()))
 }
 
-fn tensor(reader: impl Read, place: &str) -> Result<Tensor, Failure> {
-    from_file(
-        NpyFile::new(reader).map_err(|e| Failure::new(format!("{place}: {e}")))?,
-        place,
-    )
+fn tensor(mut reader: impl Read, place: &str) -> Result<Tensor, Failure> {
+    let failed = |what: String| Failure::new(format!("{place}: {what}"));
+    let start = checked_start(&mut reader).map_err(failed)?;
+    let file = NpyFile::new(io::Cursor::new(start).chain(reader)).map_err(|e| failed(e.to_string()))?;
+    from_file(file, place)
+}
+
+/// Reads a file up to its data and checks what the library takes on trust: the length of the header, and that the
+/// number of elements is a number.
+fn checked_start(reader: &mut impl Read) -> Result<Vec<u8>, String> {
+    let mut start = vec![0; 10];
+    reader
+        .read_exact(&mut start)
+        .map_err(|_| "shorter than the start of a .npy file".to_owned())?;
+    let [b'\x93', b'N', b'U', b'M', b'P', b'Y', major, _, low, high] = start[..] else {
+        return Err("not a .npy file".to_owned());
+    };
+    let mut length = u64::from(u16::from_le_bytes([low, high]));
+    if major >= 2 {
+        let mut rest = [0; 2];
+        reader.read_exact(&mut rest).map_err(|e| e.to_string())?;
+        start.extend(rest);
+        length |= u64::from(u16::from_le_bytes(rest)) << 16;
+    }
+    if length > HEADER_LIMIT_BYTES {
+        return Err(format!(
+            "a header of {length} bytes, at most {HEADER_LIMIT_BYTES} are read"
+        ));
+    }
+    let before = start.len();
+    reader
+        .take(length)
+        .read_to_end(&mut start)
+        .map_err(|e| e.to_string())?;
+    let header = String::from_utf8_lossy(&start[before..]).into_owned();
+    let shape = header
+        .split_once("'shape':")
+        .and_then(|(_, rest)| rest.split_once('(')?.1.split_once(')'));
+    let sizes = shape
+        .map_or("", |(sizes, _)| sizes)
+        .split(',')
+        .map(str::trim)
+        .filter(|size| !size.is_empty());
+    let mut elements = Some(1u64);
+    for size in sizes {
+        let size = size
+            .trim_end_matches('L')
+            .parse::<u64>()
+            .map_err(|_| format!("the shape has a size {size}"))?;
+        elements = elements.and_then(|elements| elements.checked_mul(size));
+    }
+    match elements {
+        Some(_) => Ok(start),
+        None => Err("the shape has more elements than can be counted".to_owned()),
+    }
 }
 
 fn from_file<R: Read>(file: NpyFile<R>, place: &str) -> Result<Tensor, Failure> {
@@ -265,6 +322,8 @@ mod tests {
             vec![],
             b"hello".to_vec(),
             file(&shape("(4,)"), &[0; 8]),
+            file(&shape("(-4,)"), &[0; 8]),
+            b"\x93NUMPY\x02\x00\xff\xff\xff\xff".to_vec(),
             file(&shape("(1000000000000, 1000000000000)"), &[]),
             file(
                 "{'descr': '<c8', 'fortran_order': False, 'shape': (1,), }",

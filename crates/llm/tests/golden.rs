@@ -1,6 +1,9 @@
 //! Token for token: greedy continuations of real bundles equal those an independent interpreter computed from the same
 //! packages, and prefill agrees with decode.
 
+// Helpers of tests are not seen as tests by the lint.
+#![allow(clippy::unwrap_used)]
+
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 

@@ -1,0 +1,291 @@
+//! The commands as people call them, on the demo model and on files made here.
+
+// Helpers of tests are not seen as tests by the lint.
+#![allow(clippy::unwrap_used)]
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+
+fn run(args: &[&str]) -> Output {
+    run_with_input(args, "")
+}
+
+fn run_with_input(args: &[&str], input: &str) -> Output {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_candle-coreml"))
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    child.wait_with_output().unwrap()
+}
+
+fn stdout(output: &Output) -> String {
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn demo() -> PathBuf {
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/tales"))
+}
+
+const PROMPT: &str = "Tell me a story about a brave mouse.";
+
+#[test]
+fn generate_prints_one_object_with_exactly_these_keys() {
+    let text = stdout(&run(&[
+        "generate",
+        "--prompt",
+        PROMPT,
+        "--max-tokens",
+        "6",
+        "--json",
+    ]));
+    let object: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let keys: Vec<&String> = object.as_object().unwrap().keys().collect();
+    let expected = [
+        "prompt_tokens",
+        "tokens",
+        "text",
+        "finish_reason",
+        "prefill_ms",
+        "decode_ms",
+        "decode_tokens_per_s",
+    ];
+    assert_eq!(keys, expected);
+    assert_eq!(object["tokens"], serde_json::json!([532, 600, 259, 458, 14, 440]));
+    assert_eq!(
+        (object["prompt_tokens"].as_u64(), object["text"].as_str()),
+        (Some(20), Some("Once upon a time, there"))
+    );
+    assert_eq!(object["finish_reason"], "length");
+    assert!(object["decode_tokens_per_s"].as_f64().unwrap() > 0.0);
+}
+
+#[test]
+fn text_comes_to_standard_output_and_remarks_do_not() {
+    let output = run(&["generate", "--prompt", PROMPT, "-n", "6"]);
+    assert_eq!(stdout(&output), "Once upon a time, there\n");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("20 prompt tokens"));
+}
+
+#[test]
+fn a_raw_prompt_is_fed_as_it_is_and_may_come_from_standard_input() {
+    let written = format!("<|im_start|>user\n{PROMPT}<|im_end|>\n<|im_start|>assistant\n");
+    let folder = demo();
+    let output = run_with_input(
+        &[
+            "generate",
+            folder.to_str().unwrap(),
+            "--prompt",
+            "-",
+            "--raw",
+            "-n",
+            "6",
+        ],
+        &written,
+    );
+    assert_eq!(stdout(&output), "Once upon a time, there\n");
+}
+
+#[test]
+fn a_seed_decides_a_sampled_text() {
+    let sampled = |seed: &str| {
+        let args = [
+            "generate",
+            "-p",
+            PROMPT,
+            "-n",
+            "12",
+            "--temperature",
+            "1.5",
+            "--top-k",
+            "50",
+            "--seed",
+            seed,
+        ];
+        stdout(&run(&args))
+    };
+    assert_eq!(sampled("1"), sampled("1"));
+    assert_ne!(sampled("1"), sampled("2"));
+}
+
+#[test]
+fn chat_answers_lines_and_knows_its_commands() {
+    let lines = format!("/help\n{PROMPT}\n/stats\n/nonsense\n/quit\n");
+    let output = run_with_input(&["chat", "-n", "6", "--temperature", "0"], &lines);
+    let text = stdout(&output);
+    assert!(
+        text.contains("/reset") && text.contains("Once upon a time, there"),
+        "{text}"
+    );
+    let remarks = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        remarks.contains("of 512 tokens used") && remarks.contains("no command /nonsense"),
+        "{remarks}"
+    );
+}
+
+#[test]
+fn inspect_shows_models_and_bundles() {
+    let part = demo().join("qwen_lm_head_lut6.mlpackage");
+    let json = stdout(&run(&["inspect", part.to_str().unwrap(), "--json"]));
+    let facts: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(facts["kind"], "ML Program");
+    assert_eq!(facts["functions"][0]["inputs"][0]["name"], "hidden_states");
+    assert_eq!(facts["functions"][0]["outputs"].as_array().unwrap().len(), 16);
+    assert!(facts["weights"]["by_dtype"]["uint6"]["bytes"].as_u64().unwrap() > 0);
+    let text = stdout(&run(&["inspect", demo().to_str().unwrap()]));
+    for expected in [
+        "context tokens 512",
+        "causal_mask fp16 [1, 1, 64, 512]",
+        "<|im_end|>",
+        "operators",
+    ] {
+        assert!(text.contains(expected), "{expected} in {text}");
+    }
+}
+
+#[test]
+fn ops_counts_and_finds_nothing_missing_in_the_demo_model() {
+    let part = demo().join("qwen_FFN_PF_lut6_chunk_01of01.mlpackage");
+    let text = stdout(&run(&["ops", part.to_str().unwrap()]));
+    assert!(
+        text.contains("slice_update") && text.contains("has all of them"),
+        "{text}"
+    );
+}
+
+#[test]
+fn predict_reads_and_writes_arrays() {
+    let dir = tempfile::tempdir().unwrap();
+    let ids = dir.path().join("ids.npy");
+    let header = "{'descr': '<i8', 'fortran_order': False, 'shape': (1, 1), }";
+    let length = u16::try_from(header.len()).unwrap().to_le_bytes();
+    let file = [
+        b"\x93NUMPY\x01\x00",
+        &length[..],
+        header.as_bytes(),
+        &5i64.to_le_bytes(),
+    ]
+    .concat();
+    std::fs::write(&ids, file).unwrap();
+    let part = demo().join("qwen_embeddings_lut6.mlpackage");
+    let input = format!("input_ids={}", ids.display());
+    let out = dir.path().join("out");
+    let args = [
+        "predict",
+        part.to_str().unwrap(),
+        "--input",
+        &input,
+        "--output",
+        out.to_str().unwrap(),
+    ];
+    assert!(stdout(&run(&args)).starts_with("hidden_states F16 [1, 1, 256] "));
+    let written = std::fs::read(out.join("hidden_states.npy")).unwrap();
+    assert_eq!(written.len() % 64, 512 % 64);
+    let missing = run(&[
+        "predict",
+        part.to_str().unwrap(),
+        "--output",
+        out.to_str().unwrap(),
+    ]);
+    assert_eq!(missing.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&missing.stderr).contains("input_ids"));
+}
+
+#[test]
+fn bench_prints_a_table_and_json() {
+    let table = stdout(&run(&["bench", "-p", "8", "-n", "2", "-r", "2"]));
+    assert!(
+        table.starts_with("| model")
+            && table.contains("pp8")
+            && table.contains("tg2")
+            && table.contains(" ± "),
+        "{table}"
+    );
+    let json = stdout(&run(&["bench", "-p", "8", "-n", "0", "-r", "2", "--json"]));
+    let rows: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(
+        (
+            rows[0]["n_prompt"].as_u64(),
+            rows[0]["samples_ts"].as_array().unwrap().len()
+        ),
+        (Some(8), 2)
+    );
+}
+
+#[test]
+fn exit_codes_mean_something() {
+    for (args, code, words) in [
+        (&["inspect", "/no/such.mlpackage"][..], 1, "/no/such.mlpackage"),
+        (
+            &["generate", "/no/such", "-p", "x"],
+            1,
+            "/no/such: cannot be read",
+        ),
+        (&["generate"], 2, "--prompt"),
+        (
+            &["bench", "-p", "9999"],
+            2,
+            "pp9999 does not fit the context of 512 tokens",
+        ),
+        (
+            &["generate", "-p", "x", "--temperature", "-1"],
+            2,
+            "temperature is -1, allowed: 0 or more",
+        ),
+        (
+            &["generate", "-p", "x", "--top-p", "3"],
+            2,
+            "top_p is 3, allowed: above 0, up to 1",
+        ),
+    ] {
+        let output = run(args);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{args:?}: {said}");
+        assert!(said.contains(words), "{args:?}: {said}");
+    }
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_candle-coreml"))
+        .args(["generate", "-p", PROMPT, "-n", "40"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && !said.contains("panicked"), "{said}");
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_ends_a_text_cleanly() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_candle-coreml"))
+        .args(["generate", "-p", PROMPT, "-n", "400", "--temperature", "1"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut first = [0u8; 1];
+    std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut first).unwrap();
+    let kill = Command::new("kill")
+        .args(["-INT", &child.id().to_string()])
+        .status()
+        .unwrap();
+    assert!(kill.success());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("ended by cancelled"));
+}
