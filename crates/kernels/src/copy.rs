@@ -2,6 +2,7 @@
 
 use crate::loops::{Nest, Shared};
 use crate::pool::Pool;
+use crate::simd::{Kernel, Simd, dispatch};
 use crate::strided::{View, ViewMut};
 use half::f16;
 
@@ -66,16 +67,115 @@ pub fn copy<S: ConvertTo<D>, D: Copy + Send + Sync>(
 /// When the lengths differ; so do the other functions on slices.
 pub fn f16_to_f32(x: &[f16], y: &mut [f32]) {
     assert_eq!(x.len(), y.len(), "conversion between different lengths");
-    y.iter_mut().zip(x).for_each(|(y, x)| *y = x.to_f32());
+    dispatch(Widen { x, y });
 }
 
 /// Rounds `x` to the nearest `f16` (ties to even, overflow to infinity).
 pub fn f32_to_f16(x: &[f32], y: &mut [f16]) {
     assert_eq!(x.len(), y.len(), "conversion between different lengths");
-    y.iter_mut().zip(x).for_each(|(y, x)| *y = f16::from_f32(*x));
+    dispatch(Narrow { x, y });
 }
 
 /// Replaces each value by the nearest one that an `f16` holds (overflow to infinity).
 pub fn round_to_f16(y: &mut [f32]) {
-    y.iter_mut().for_each(|y| *y = f16::from_f32(*y).to_f32());
+    dispatch(Round { y });
+}
+
+struct Widen<'a> {
+    x: &'a [f16],
+    y: &'a mut [f32],
+}
+
+impl Kernel for Widen<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (mut x, mut y) = (self.x.chunks_exact(S::LANES), self.y.chunks_exact_mut(S::LANES));
+        for (x, y) in (&mut x).zip(&mut y) {
+            // SAFETY: both chunks are one vector long.
+            unsafe { s.store(y.as_mut_ptr(), s.load_f16(x.as_ptr())) };
+        }
+        y.into_remainder()
+            .iter_mut()
+            .zip(x.remainder())
+            .for_each(|(y, x)| *y = x.to_f32());
+    }
+}
+
+struct Narrow<'a> {
+    x: &'a [f32],
+    y: &'a mut [f16],
+}
+
+impl Kernel for Narrow<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (mut x, mut y) = (self.x.chunks_exact(S::LANES), self.y.chunks_exact_mut(S::LANES));
+        for (x, y) in (&mut x).zip(&mut y) {
+            // SAFETY: both chunks are one vector long.
+            unsafe { s.store_f16(y.as_mut_ptr(), s.load(x.as_ptr())) };
+        }
+        y.into_remainder()
+            .iter_mut()
+            .zip(x.remainder())
+            .for_each(|(y, x)| *y = f16::from_f32(*x));
+    }
+}
+
+struct Round<'a> {
+    y: &'a mut [f32],
+}
+
+impl Kernel for Round<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let mut half = [f16::ZERO; 16];
+        let mut y = self.y.chunks_exact_mut(S::LANES);
+        for y in &mut y {
+            // SAFETY: one vector, of sixteen lanes at most.
+            unsafe {
+                s.store_f16(half.as_mut_ptr(), s.load(y.as_ptr()));
+                s.store(y.as_mut_ptr(), s.load_f16(half.as_ptr()));
+            }
+        }
+        y.into_remainder()
+            .iter_mut()
+            .for_each(|y| *y = f16::from_f32(*y).to_f32());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slices_of_any_length_convert_as_single_numbers_do() {
+        let edges = [
+            0.0,
+            -0.0,
+            1.0,
+            65504.0,
+            65520.0,
+            1e9,
+            -1e9,
+            6e-8,
+            2.9e-8,
+            1e-9,
+            0.1,
+            f32::INFINITY,
+            2049.0,
+        ];
+        for len in 0..40 {
+            let x: Vec<f32> = (0..len).map(|i| edges[i % edges.len()]).collect();
+            let narrow: Vec<f16> = x.iter().map(|x| f16::from_f32(*x)).collect();
+            let wide: Vec<f32> = narrow.iter().map(|x| x.to_f32()).collect();
+            let (mut found, mut back, mut rounded) = (vec![f16::ONE; len], vec![9.0; len], x.clone());
+            f32_to_f16(&x, &mut found);
+            f16_to_f32(&narrow, &mut back);
+            round_to_f16(&mut rounded);
+            assert_eq!((found, &back, &rounded), (narrow, &wide, &wide));
+        }
+    }
 }

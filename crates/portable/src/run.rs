@@ -16,12 +16,15 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+/// The dense form of each input of a step that is a constant.
+type DenseInputs = SmallVec<[Option<Arc<[f32]>>; 4]>;
+
 /// Memory one run needs; reused by the next.
 pub struct Workspace {
     arena: Arena,
     scratch: Scratch,
     /// Dense forms of constants, looked up once for each operand of each step.
-    dense: Vec<SmallVec<[Option<Arc<[f32]>>; 4]>>,
+    dense: Vec<DenseInputs>,
 }
 
 /// Sees every step after it ran.

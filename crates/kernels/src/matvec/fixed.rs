@@ -9,6 +9,7 @@
 //! each entry.
 
 use crate::weights::FixedTables;
+use half::f16;
 use std::arch::x86_64::*;
 
 /// Columns that share a scale.
@@ -138,6 +139,11 @@ pub(crate) unsafe fn dot_rows<const BITS: usize, const R: usize>(
     let whole = cols / BLOCK;
     for block in 0..whole {
         for r in 0..R {
+            // The rows of the next calls follow these. Hardware prefetchers lose the thread between several rows.
+            _mm_prefetch::<_MM_HINT_T0>(
+                rows.wrapping_add((r + 2 * R) * stride + block * block_bytes)
+                    .cast(),
+            );
             // SAFETY: block `block` of row `r` and of `x` exist.
             sums[r] = unsafe {
                 block_sum(
@@ -285,16 +291,110 @@ impl<const BITS: usize> Table<BITS> {
                 _mm256_shuffle_epi8(self.high[0], index),
             );
         }
-        // A byte's top bit selects; bits 4 and 5 of the index are moved there.
-        let (bit4, bit5) = (_mm256_slli_epi16::<3>(index), _mm256_slli_epi16::<2>(index));
-        let pick = |t: &[__m256i; 4]| {
-            let parts = t.map(|t| _mm256_shuffle_epi8(t, index));
-            let lower = _mm256_blendv_epi8(parts[0], parts[1], bit4);
-            let upper = _mm256_blendv_epi8(parts[2], parts[3], bit4);
-            _mm256_blendv_epi8(lower, upper, bit5)
+        // A permute gives 0 where the index byte's top bit is set. Flipping the quarter's number makes the indices
+        // of that quarter the ones below 16, and adding 112 sets the top bit of all others.
+        let only = |quarter: i8| {
+            _mm256_adds_epu8(
+                _mm256_xor_si256(index, _mm256_set1_epi8(quarter << 4)),
+                _mm256_set1_epi8(112),
+            )
         };
-        (pick(&self.low), pick(&self.high))
+        let parts = [only(0), only(1), only(2), only(3)];
+        (gather(&self.low, parts), gather(&self.high, parts))
     }
+}
+
+/// The bytes of a plane of 64 at the one part of an index that is not out of range.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn gather(plane: &[__m256i; 4], parts: [__m256i; 4]) -> __m256i {
+    let lower = _mm256_or_si256(
+        _mm256_shuffle_epi8(plane[0], parts[0]),
+        _mm256_shuffle_epi8(plane[1], parts[1]),
+    );
+    let upper = _mm256_or_si256(
+        _mm256_shuffle_epi8(plane[2], parts[2]),
+        _mm256_shuffle_epi8(plane[3], parts[3]),
+    );
+    _mm256_or_si256(lower, upper)
+}
+
+/// Decodes `out.len()` palettised entries into `f32`, exactly, from planes of `f16`.
+///
+/// # Safety
+/// The processor has AVX2, FMA and F16C; as many packed indices as `out` is long are readable at `indices`; `BITS` is
+/// 4 or 6 and the planes are of that width.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) unsafe fn decode<const BITS: usize>(indices: *const u8, planes: &[u8], out: &mut [f32]) {
+    let table = Table::<BITS>::load(planes);
+    let block_bytes = BLOCK * BITS / 8;
+    let mut at = indices;
+    let mut blocks = out.chunks_exact_mut(BLOCK);
+    for out in &mut blocks {
+        // SAFETY: a whole block of indices, and of output.
+        unsafe { decode_block::<BITS>(&table, at, out.as_mut_ptr()) };
+        at = at.wrapping_add(block_bytes);
+    }
+    let rest = blocks.into_remainder();
+    if !rest.is_empty() {
+        let (mut tail, mut full) = ([0_u8; 48], [0.0; BLOCK]);
+        // SAFETY: the bytes of the remaining indices.
+        unsafe { at.copy_to_nonoverlapping(tail.as_mut_ptr(), (rest.len() * BITS).div_ceil(8)) };
+        // SAFETY: both are whole blocks.
+        unsafe { decode_block::<BITS>(&table, tail.as_ptr(), full.as_mut_ptr()) };
+        rest.copy_from_slice(&full[..rest.len()]);
+    }
+}
+
+/// # Safety
+/// As [`decode`], for one block; `out` has room for it.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+unsafe fn decode_block<const BITS: usize>(table: &Table<BITS>, indices: *const u8, out: *mut f32) {
+    // SAFETY: the caller's.
+    let [a, b] = unsafe { unpack::<BITS>(indices) };
+    let (a, b) = if BITS == 4 {
+        let (even, odd) = (_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b));
+        (
+            _mm256_permute2x128_si256::<0x20>(even, odd),
+            _mm256_permute2x128_si256::<0x31>(even, odd),
+        )
+    } else {
+        (a, b)
+    };
+    // Both halves hold 32 columns in order now.
+    for (half, index) in [a, b].into_iter().enumerate() {
+        let (low, high) = table.look_up(index);
+        let (first, second) = (_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high));
+        // SAFETY: 32 numbers of the block's 64.
+        unsafe {
+            let out = out.add(32 * half);
+            _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm256_castsi256_si128(first)));
+            _mm256_storeu_ps(out.add(8), _mm256_cvtph_ps(_mm256_castsi256_si128(second)));
+            _mm256_storeu_ps(out.add(16), _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(first)));
+            _mm256_storeu_ps(
+                out.add(24),
+                _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(second)),
+            );
+        }
+    }
+}
+
+/// The bytes of the entries as `f16`, low bytes of a table before high ones; none when an entry is not an `f16`.
+pub(crate) fn half_planes(table: &[f32], bits: u32) -> Option<Vec<u8>> {
+    let mut planes = Vec::with_capacity(table.len() * 2);
+    for table in table.chunks_exact(1 << bits) {
+        for byte in 0..2 {
+            for value in table {
+                let half = f16::from_f32(*value);
+                if half.to_f32() != *value {
+                    return None;
+                }
+                planes.push(half.to_le_bytes()[byte]);
+            }
+        }
+    }
+    Some(planes)
 }
 
 /// Makes the planes of `tables` tables of `2^bits` entries; none when an entry is not finite.
@@ -325,5 +425,9 @@ pub(crate) fn fix_tables(table: &[f32], bits: u32) -> Option<FixedTables> {
         planes.extend(table.iter().map(|x| fixed(x).to_le_bytes()[1]));
         scales.push(scale);
     }
-    Some(FixedTables { planes, scales })
+    Some(FixedTables {
+        planes,
+        scales,
+        halves: half_planes(table, bits),
+    })
 }
