@@ -1,5 +1,9 @@
 //! Convolutions. Source: coremltools 9.0, `mil/ops/defs/iOS15/conv.py`, iOS17.
 
+mod computed;
+mod quantized;
+mod transpose;
+
 use crate::error::{OpError, OpResult};
 use crate::graph::{Storage, ValueId};
 use crate::layout::{Layout, Shape, elements};
@@ -76,7 +80,7 @@ impl Op for Conv {
 }
 
 /// A list of one number a spatial dimension as the last entries of three.
-fn three(values: &[usize], default: usize) -> [usize; 3] {
+pub(super) fn three(values: &[usize], default: usize) -> [usize; 3] {
     let mut out = [default; 3];
     let from = 3usize.saturating_sub(values.len());
     for (o, &v) in out.iter_mut().skip(from).zip(values) {
@@ -85,7 +89,12 @@ fn three(values: &[usize], default: usize) -> [usize; 3] {
     out
 }
 
-fn sizes(cx: &mut OpCx<'_, '_>, param: &str, count: usize, default: usize) -> OpResult<Vec<usize>> {
+pub(super) fn sizes(
+    cx: &mut OpCx<'_, '_>,
+    param: &str,
+    count: usize,
+    default: usize,
+) -> OpResult<Vec<usize>> {
     let Some(v) = cx.ints(param)? else {
         return Ok(vec![default; count]);
     };
@@ -168,25 +177,39 @@ pub fn output_sizes(spatial: &[usize], params: &ConvParams) -> OpResult<Shape> {
     spatial.iter().enumerate().map(size).collect()
 }
 
+/// Shapes of a convolution, checked against each other.
+struct Geometry {
+    params: ConvParams,
+    shape: Shape,
+}
+
+impl Geometry {
+    fn read(cx: &mut OpCx<'_, '_>, have: &[usize], weight: &[usize]) -> OpResult<Geometry> {
+        let groups = cx.int("groups")?.unwrap_or(1);
+        let groups = usize::try_from(groups).map_err(|_| "groups must be positive")?;
+        let fits = have.len() == weight.len()
+            && (3..=5).contains(&have.len())
+            && groups > 0
+            && weight[1].checked_mul(groups) == Some(have[1])
+            && weight[0].is_multiple_of(groups);
+        if !fits {
+            return Err(format!("x {have:?} does not fit weight {weight:?} in {groups} groups").into());
+        }
+        let params = window(cx, &have[2..], &weight[2..], groups)?;
+        let mut shape: Shape = smallvec::smallvec![have[0], weight[0]];
+        shape.extend(output_sizes(&have[2..], &params)?);
+        Ok(Geometry { params, shape })
+    }
+}
+
 fn lower_conv(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
     let (x, w) = (cx.value("x")?, cx.value("weight")?);
     let bias = cx.optional("bias")?;
     let (have, weight) = (cx.shape(x), cx.shape(w));
-    let groups = usize::try_from(cx.int("groups")?.unwrap_or(1)).map_err(|_| "groups must be positive")?;
-    let fits = have.len() == weight.len()
-        && (3..=5).contains(&have.len())
-        && groups > 0
-        && weight[1].checked_mul(groups) == Some(have[1])
-        && weight[0].is_multiple_of(groups);
-    if !fits {
-        let (x, w) = (have.as_slice(), weight.as_slice());
-        return Err(format!("x {x:?} does not fit weight {w:?} in {groups} groups").into());
-    }
-    let params = window(cx, &have[2..], &weight[2..], groups)?;
-    let mut shape: Shape = smallvec::smallvec![have[0], weight[0]];
-    shape.extend(output_sizes(&have[2..], &params)?);
+    let Geometry { params, shape } = Geometry::read(cx, &have, &weight)?;
+    check_bias(cx, bias, weight[0])?;
     let pointwise = elements(&weight[2..]) == 1
-        && groups == 1
+        && params.groups == 1
         && params.stride == [1; 3]
         && params.pad_before == [0; 3]
         && params.pad_after == [0; 3];
@@ -196,6 +219,15 @@ fn lower_conv(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
         window_conv(cx, (x, w, bias), params, &shape)?
     };
     cx.result(y)
+}
+
+fn check_bias(cx: &OpCx<'_, '_>, bias: Option<ValueId>, channels: usize) -> OpResult<()> {
+    match bias.map(|b| cx.shape(b)) {
+        Some(shape) if elements(&shape) != channels => {
+            Err(format!("bias {:?} needs {channels} elements", shape.as_slice()).into())
+        }
+        _ => Ok(()),
+    }
 }
 
 /// A 1x1 convolution is a matrix product over channels: channels go last and come back, both without moving anything.
@@ -217,51 +249,120 @@ fn window_conv(
     params: ConvParams,
     shape: &[usize],
 ) -> OpResult<ValueId> {
+    emit_conv(cx, (x, w, bias), params, shape, false)
+}
+
+/// Adds the node of a convolution, or of its transpose, into a value of shape `shape`.
+fn emit_conv(
+    cx: &mut OpCx<'_, '_>,
+    (x, w, bias): (ValueId, ValueId, Option<ValueId>),
+    params: ConvParams,
+    shape: &[usize],
+    transposed: bool,
+) -> OpResult<ValueId> {
     let weight = cx.shape(w);
-    let matrix = cx.weights(w, weight[0], elements(&weight[1..]))?;
-    let weights = matrix.ok_or_else(|| OpError::Dynamic("weight".into()))?;
     let dtype = cx.dtype(x);
     let constant = match bias {
         None => Some(None),
         Some(b) => cx.constant(b).map(|c| Some(c.dense())),
     };
-    let op = |bias| Conv {
-        weights,
-        bias,
-        activation: None,
-        params,
-        transposed: false,
+    let known_bias = constant.clone().flatten();
+    let y = match cx.weights(w, weight[0], elements(&weight[1..]))? {
+        Some(weights) => {
+            let op = Conv {
+                weights,
+                bias: known_bias,
+                activation: None,
+                params,
+                transposed,
+            };
+            cx.emit(op, &[x], dtype, shape)?
+        }
+        None => {
+            let op = computed::ComputedConv {
+                bias: known_bias,
+                params,
+                transposed,
+            };
+            cx.emit(op, &[x, w], dtype, shape)?
+        }
     };
     match (constant, bias) {
-        (Some(bias), _) => cx.emit(op(bias), &[x], dtype, shape),
         (None, Some(b)) => {
-            let y = cx.emit(op(None), &[x], dtype, shape)?;
             let mut wide: Shape = smallvec::smallvec![1; shape.len() - 1];
             wide[0] = shape[1];
             let b = cx.reshape(b, &wide)?;
             cx.binary(kernels::Binary::Add, y, b)
         }
-        (None, None) => Err("internal: a missing bias is constant".into()),
+        _ => Ok(y),
     }
 }
 
+macro_rules! row {
+    ($name:literal, $support:expr, $inputs:expr, $lower:expr) => {
+        &OpSpec {
+            name: $name,
+            family: "conv",
+            since: "iOS15",
+            inputs: $inputs,
+            outputs: Some(1),
+            support: $support,
+            tolerance: 1e-5,
+            lower: $lower,
+        }
+    };
+}
+
 /// This family's rows.
-pub const OPS: &[&OpSpec] = &[&OpSpec {
-    name: "conv",
-    family: "conv",
-    since: "iOS15",
-    inputs: &[
-        req("x"),
-        req("weight"),
-        opt("bias"),
-        opt("strides"),
-        opt("pad_type"),
-        opt("pad"),
-        opt("dilations"),
-        opt("groups"),
-    ],
-    outputs: Some(1),
-    support: Support::Partial("weights that are computed by the model"),
-    tolerance: 1e-5,
-    lower: lower_conv,
-}];
+pub const OPS: &[&OpSpec] = &[
+    row!(
+        "conv",
+        Support::Full,
+        &[
+            req("x"),
+            req("weight"),
+            opt("bias"),
+            opt("strides"),
+            opt("pad_type"),
+            opt("pad"),
+            opt("dilations"),
+            opt("groups"),
+        ],
+        lower_conv
+    ),
+    row!(
+        "conv_quantized",
+        Support::Partial("quantization_type lut, for which the operator has no table"),
+        &[
+            req("x"),
+            req("weight"),
+            opt("bias"),
+            req("quantization_type"),
+            opt("nbits"),
+            req("quant_scale"),
+            req("quant_bias"),
+            opt("strides"),
+            opt("pad_type"),
+            opt("pad"),
+            opt("dilations"),
+            opt("groups"),
+        ],
+        quantized::lower_quantized
+    ),
+    row!(
+        "conv_transpose",
+        Support::Full,
+        &[
+            req("x"),
+            req("weight"),
+            opt("bias"),
+            opt("pad"),
+            opt("output_shape"),
+            opt("pad_type"),
+            opt("strides"),
+            opt("dilations"),
+            opt("groups"),
+        ],
+        transpose::lower_transpose
+    ),
+];

@@ -57,7 +57,7 @@ impl Op for BinaryNode {
     }
 }
 
-/// `z = op(x, y)` on integers: wrapping; division rounds down and gives 0 for a divisor of 0.
+/// `z = op(x, y)` on integers: wrapping; a division by 0 gives 0.
 #[derive(Debug, Clone)]
 pub struct BinaryIntNode(pub Binary);
 
@@ -160,13 +160,8 @@ impl OpCx<'_, '_> {
 
 fn lower_real_div(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
     let (x, y) = (cx.value("x")?, cx.value("y")?);
-    // On integers Core ML divides and rounds toward zero; on the non-negative sizes it is used for, that is floor.
-    let op = if cx.dtype(x).is_float() {
-        Binary::Div
-    } else {
-        Binary::FloorDiv
-    };
-    let z = cx.binary(op, x, y)?;
+    // On integers the quotient is cut to an integer, as in coremltools' own evaluation.
+    let z = cx.binary(Binary::Div, x, y)?;
     cx.result(z)
 }
 

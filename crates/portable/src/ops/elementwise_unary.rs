@@ -5,7 +5,7 @@ use crate::graph::{Storage, ValueId};
 use crate::layout::Layout;
 use crate::lower::OpCx;
 use crate::op::{Args, In, Op, OpSpec, Support, opt, req};
-use candle_coreml_kernels::{self as kernels, Unary};
+use candle_coreml_kernels::{self as kernels, Binary, Unary};
 use candle_coreml_mil::DType;
 
 /// `y = op(x)` on floats.
@@ -190,10 +190,36 @@ fn lower_cast(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
 
 fn lower_clip(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
     let x = cx.value("x")?;
+    if !cx.dtype(x).is_float() {
+        let (lo, hi) = (whole_limit(cx, x, "alpha")?, whole_limit(cx, x, "beta")?);
+        let y = cx.binary(Binary::Max, x, lo)?;
+        let y = cx.binary(Binary::Min, y, hi)?;
+        return cx.result(y);
+    }
     let lo = cx.float("alpha")?.ok_or("parameter \"alpha\" is missing")?;
     let hi = cx.float("beta")?.ok_or("parameter \"beta\" is missing")?;
     let y = cx.unary(Unary::Clip { lo, hi }, x)?;
     cx.result(y)
+}
+
+fn lower_threshold(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
+    let x = cx.value("x")?;
+    let y = if cx.dtype(x).is_float() {
+        let alpha = cx.float("alpha")?.ok_or("parameter \"alpha\" is missing")?;
+        cx.unary(Unary::Threshold { alpha }, x)?
+    } else {
+        let alpha = whole_limit(cx, x, "alpha")?;
+        cx.binary(Binary::Max, x, alpha)?
+    };
+    cx.result(y)
+}
+
+/// A limit of integers `x`, which may be written as a float.
+fn whole_limit(cx: &mut OpCx<'_, '_>, x: ValueId, param: &str) -> OpResult<ValueId> {
+    let limit = cx.value(param)?;
+    let whole = cx.cast(limit, DType::Int32)?;
+    let dtype = cx.dtype(x);
+    cx.same(whole, dtype)
 }
 
 /// A unary operator without attributes: its kernel.
@@ -285,12 +311,7 @@ pub const OPS: &[&OpSpec] = &[
         outputs: Some(1),
         support: Support::Full,
         tolerance: 0.0,
-        lower: |cx| {
-            let x = cx.value("x")?;
-            let alpha = cx.float("alpha")?.ok_or("parameter \"alpha\" is missing")?;
-            let y = cx.unary(Unary::Threshold { alpha }, x)?;
-            cx.result(y)
-        },
+        lower: lower_threshold,
     },
     &OpSpec {
         name: "clip",

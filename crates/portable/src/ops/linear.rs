@@ -1,5 +1,7 @@
 //! Matrix products. Source: coremltools 9.0, `mil/ops/defs/iOS15/linear.py`, iOS17.
 
+mod einsum;
+
 use crate::error::OpResult;
 use crate::graph::{Storage, ValueId};
 use crate::layout::{Layout, Shape, elements};
@@ -476,6 +478,7 @@ macro_rules! row {
 
 /// This family's rows.
 pub const OPS: &[&OpSpec] = &[
+    row!("einsum", &[req("values"), req("equation")], einsum::lower_einsum),
     row!("linear", &[req("x"), req("weight"), opt("bias")], lower_linear),
     row!(
         "matmul",

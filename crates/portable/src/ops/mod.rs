@@ -4,10 +4,15 @@ pub mod activation;
 pub mod constexpr;
 pub mod control_flow;
 pub mod conv;
+pub mod dense;
 pub mod elementwise_binary;
 pub mod elementwise_unary;
+pub mod image_resizing;
 pub mod linear;
 pub mod normalization;
+pub mod pool;
+pub mod quantization_ops;
+pub mod random;
 pub mod recurrent;
 pub mod reduction;
 pub mod rotary;
@@ -30,8 +35,12 @@ pub const FAMILIES: &[&[&OpSpec]] = &[
     conv::OPS,
     elementwise_binary::OPS,
     elementwise_unary::OPS,
+    image_resizing::OPS,
     linear::OPS,
     normalization::OPS,
+    pool::OPS,
+    quantization_ops::OPS,
+    random::OPS,
     recurrent::OPS,
     reduction::OPS,
     scatter_gather::OPS,

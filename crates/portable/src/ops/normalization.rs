@@ -1,12 +1,14 @@
 //! Normalisations. Source: coremltools 9.0, `mil/ops/defs/iOS15/normalization.py`, and `softmax` of activation.py.
 
+mod spatial;
+
 use crate::error::OpResult;
 use crate::graph::{Storage, ValueId};
 use crate::layout::{Layout, Shape, elements};
 use crate::lower::{OpCx, normalize_axis};
 use crate::op::{Args, Op, OpSpec, Support, opt, req};
 use crate::ops::tensor_transformation::sorted_axes;
-use candle_coreml_kernels::{self as kernels, Binary};
+use candle_coreml_kernels::{self as kernels, Binary, Unary};
 use std::sync::Arc;
 
 /// `y = (x - mean) / sqrt(variance + eps) * gamma + beta` over the last `axes` dimensions.
@@ -252,43 +254,51 @@ fn lower_batch_norm(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
     let shape = cx.shape(x);
     let channels = *shape.get(1).ok_or("x needs a channel dimension")?;
     let eps = cx.float("epsilon")?.unwrap_or(1e-5);
-    let mean = cx.floats("mean")?.ok_or("parameter \"mean\" is missing")?;
-    let variance = cx
-        .floats("variance")?
-        .ok_or("parameter \"variance\" is missing")?;
-    let gamma = cx.floats("gamma")?.unwrap_or_else(|| vec![1.0; channels]);
-    let beta = cx.floats("beta")?.unwrap_or_else(|| vec![0.0; channels]);
-    if [&mean, &variance, &gamma, &beta]
-        .iter()
-        .any(|v| v.len() != channels)
-    {
-        return Err(format!("mean, variance, gamma and beta need {channels} elements").into());
+    let (mean, variance) = (cx.value("mean")?, cx.value("variance")?);
+    let (gamma, beta) = (cx.optional("gamma")?, cx.optional("beta")?);
+    for p in [Some(mean), Some(variance), gamma, beta].into_iter().flatten() {
+        if elements(&cx.shape(p)) != channels {
+            return Err(format!("mean, variance, gamma and beta need {channels} elements").into());
+        }
     }
-    let scale: Vec<f32> = variance
-        .iter()
-        .zip(&gamma)
-        .map(|(v, g)| g / (v + eps).sqrt())
-        .collect();
-    let shift: Vec<f32> = beta
-        .iter()
-        .zip(&mean)
-        .zip(&scale)
-        .map(|((b, m), s)| b - m * s)
-        .collect();
-    let dtype = cx.dtype(x);
-    let op = ScaleShift {
-        scale: scale.into(),
-        shift: shift.into(),
+    // y = x * scale + (beta - mean * scale) with scale = gamma / sqrt(variance + eps); constants fold to two vectors.
+    let root = cx.unary(Unary::Rsqrt { eps }, variance)?;
+    let scale = match gamma {
+        Some(gamma) => cx.binary(Binary::Mul, gamma, root)?,
+        None => root,
     };
-    let y = cx.emit(op, &[x], dtype, &shape)?;
+    let back = cx.binary(Binary::Mul, mean, scale)?;
+    let shift = match beta {
+        Some(beta) => cx.binary(Binary::Sub, beta, back)?,
+        None => cx.unary(Unary::Neg, back)?,
+    };
+    let y = match (cx.constant(scale), cx.constant(shift)) {
+        (Some(scale), Some(shift)) => {
+            let op = ScaleShift {
+                scale: scale.dense(),
+                shift: shift.dense(),
+            };
+            cx.emit(op, &[x], cx.dtype(x), &shape)?
+        }
+        _ => {
+            let mut wide: Shape = smallvec::smallvec![1; shape.len() - 1];
+            wide[0] = channels;
+            let (scale, shift) = (cx.reshape(scale, &wide)?, cx.reshape(shift, &wide)?);
+            let scaled = cx.binary(Binary::Mul, x, scale)?;
+            cx.binary(Binary::Add, scaled, shift)?
+        }
+    };
     cx.result(y)
 }
 
 macro_rules! row {
     ($name:literal, $inputs:expr, $lower:expr) => {
+        row!($name, "normalization", $inputs, $lower)
+    };
+    ($name:literal, $family:literal, $inputs:expr, $lower:expr) => {
         &OpSpec {
             name: $name,
-            family: "normalization",
+            family: $family,
             since: "iOS15",
             inputs: $inputs,
             outputs: Some(1),
@@ -318,5 +328,16 @@ pub const OPS: &[&OpSpec] = &[
         &[req("x"), opt("axes"), opt("gamma"), opt("beta"), opt("epsilon")],
         lower_layer_norm
     ),
-    row!("softmax", &[req("x"), opt("axis")], lower_softmax),
+    row!(
+        "instance_norm",
+        &[req("x"), opt("gamma"), opt("beta"), opt("epsilon")],
+        spatial::lower_instance_norm
+    ),
+    row!("l2_norm", &[req("x"), opt("epsilon")], spatial::lower_l2_norm),
+    row!(
+        "local_response_norm",
+        &[req("x"), req("size"), opt("alpha"), opt("beta"), opt("k")],
+        spatial::lower_local_response_norm
+    ),
+    row!("softmax", "activation", &[req("x"), opt("axis")], lower_softmax),
 ];

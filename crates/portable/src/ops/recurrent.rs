@@ -1,5 +1,7 @@
 //! Recurrent layers. Source: coremltools 9.0, `mil/ops/defs/iOS15/recurrent.py`, iOS17.
 
+mod simple;
+
 use crate::error::{OpError, OpResult};
 use crate::layout::Shape;
 use crate::lower::OpCx;
@@ -203,32 +205,78 @@ fn lower_lstm(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
     cx.result(ids[2])
 }
 
+macro_rules! row {
+    ($name:literal, $outputs:literal, $inputs:expr, $lower:expr) => {
+        &OpSpec {
+            name: $name,
+            family: "recurrent",
+            since: "iOS15",
+            inputs: $inputs,
+            outputs: Some($outputs),
+            support: Support::Full,
+            tolerance: 1e-5,
+            lower: $lower,
+        }
+    };
+}
+
 /// This family's rows.
-pub const OPS: &[&OpSpec] = &[&OpSpec {
-    name: "lstm",
-    family: "recurrent",
-    since: "iOS15",
-    inputs: &[
-        req("x"),
-        req("initial_h"),
-        req("initial_c"),
-        req("weight_ih"),
-        req("weight_hh"),
-        opt("bias"),
-        opt("peephole"),
-        opt("weight_ih_back"),
-        opt("weight_hh_back"),
-        opt("bias_back"),
-        opt("peephole_back"),
-        opt("direction"),
-        opt("output_sequence"),
-        opt("recurrent_activation"),
-        opt("cell_activation"),
-        opt("activation"),
-        opt("clip"),
-    ],
-    outputs: Some(3),
-    support: Support::Full,
-    tolerance: 1e-5,
-    lower: lower_lstm,
-}];
+pub const OPS: &[&OpSpec] = &[
+    row!(
+        "gru",
+        2,
+        &[
+            req("x"),
+            req("initial_h"),
+            req("weight_ih"),
+            req("weight_hh"),
+            opt("bias"),
+            opt("direction"),
+            opt("output_sequence"),
+            opt("recurrent_activation"),
+            opt("activation"),
+            opt("reset_after"),
+            opt("input_bias"),
+        ],
+        simple::lower_gru
+    ),
+    row!(
+        "lstm",
+        3,
+        &[
+            req("x"),
+            req("initial_h"),
+            req("initial_c"),
+            req("weight_ih"),
+            req("weight_hh"),
+            opt("bias"),
+            opt("peephole"),
+            opt("weight_ih_back"),
+            opt("weight_hh_back"),
+            opt("bias_back"),
+            opt("peephole_back"),
+            opt("direction"),
+            opt("output_sequence"),
+            opt("recurrent_activation"),
+            opt("cell_activation"),
+            opt("activation"),
+            opt("clip"),
+        ],
+        lower_lstm
+    ),
+    row!(
+        "rnn",
+        2,
+        &[
+            req("x"),
+            req("initial_h"),
+            req("weight_ih"),
+            req("weight_hh"),
+            opt("bias"),
+            opt("direction"),
+            opt("output_sequence"),
+            opt("activation"),
+        ],
+        simple::lower_rnn
+    ),
+];

@@ -1,5 +1,8 @@
 //! Elements by index. Source: coremltools 9.0, `mil/ops/defs/iOS15/scatter_gather.py`, iOS17.
 
+mod pick;
+mod scatter;
+
 use crate::constant::ConstData;
 use crate::error::{OpError, OpResult};
 use crate::graph::Storage;
@@ -53,6 +56,16 @@ pub struct Gather {
 }
 
 impl Gather {
+    /// Gathers along `axis` of a value of shape `have`, of which `batch_dims` leading dimensions are those of the indices.
+    pub(super) fn new(have: &[usize], axis: usize, batch_dims: usize) -> Gather {
+        Gather {
+            batch: elements(&have[..batch_dims]),
+            outer: elements(&have[batch_dims..axis]),
+            axis: have[axis],
+            inner: elements(&have[axis + 1..]),
+        }
+    }
+
     fn rows<S: Copy, D>(
         &self,
         x: &[S],
@@ -146,33 +159,89 @@ fn lower_gather(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
         let y = cx.emit(GatherRows { table }, &[indices], dtype, &shape)?;
         return cx.result(y);
     }
-    let op = Gather {
-        batch: elements(&have[..b]),
-        outer: elements(&have[b..axis]),
-        axis: have[axis],
-        inner: elements(&have[axis + 1..]),
-    };
-    let y = cx.emit(op, &[x, indices], dtype, &shape)?;
+    let y = cx.emit(Gather::new(&have, axis, b), &[x, indices], dtype, &shape)?;
     cx.result(y)
 }
 
+macro_rules! row {
+    ($name:literal, $inputs:expr, $lower:expr) => {
+        &OpSpec {
+            name: $name,
+            family: "scatter_gather",
+            since: "iOS15",
+            inputs: $inputs,
+            outputs: Some(1),
+            support: Support::Full,
+            tolerance: 1e-6,
+            lower: $lower,
+        }
+    };
+}
+
 /// This family's rows.
-pub const OPS: &[&OpSpec] = &[&OpSpec {
-    name: "gather",
-    family: "scatter_gather",
-    since: "iOS15",
-    inputs: &[
-        req("x"),
-        req("indices"),
-        opt("axis"),
-        opt("batch_dims"),
-        opt("validate_indices"),
-    ],
-    outputs: Some(1),
-    support: Support::Full,
-    tolerance: 0.0,
-    lower: lower_gather,
-}];
+pub const OPS: &[&OpSpec] = &[
+    row!(
+        "gather",
+        &[
+            req("x"),
+            req("indices"),
+            opt("axis"),
+            opt("batch_dims"),
+            opt("validate_indices"),
+        ],
+        lower_gather
+    ),
+    row!(
+        "gather_along_axis",
+        &[req("x"), req("indices"), opt("axis"), opt("validate_indices")],
+        pick::lower_along
+    ),
+    row!(
+        "gather_nd",
+        &[
+            req("x"),
+            req("indices"),
+            opt("batch_dims"),
+            opt("validate_indices")
+        ],
+        pick::lower_nd
+    ),
+    row!(
+        "scatter",
+        &[
+            req("data"),
+            req("indices"),
+            req("updates"),
+            opt("axis"),
+            opt("mode"),
+            opt("validate_indices"),
+        ],
+        scatter::lower_axis
+    ),
+    row!(
+        "scatter_along_axis",
+        &[
+            req("data"),
+            req("indices"),
+            req("updates"),
+            opt("axis"),
+            opt("mode"),
+            opt("validate_indices"),
+        ],
+        scatter::lower_along
+    ),
+    row!(
+        "scatter_nd",
+        &[
+            req("data"),
+            req("indices"),
+            req("updates"),
+            opt("mode"),
+            opt("validate_indices"),
+        ],
+        scatter::lower_nd
+    ),
+];
 
 #[cfg(test)]
 mod tests {

@@ -1,5 +1,9 @@
 //! Joining, repeating, padding and shapes. Source: coremltools 9.0, `mil/ops/defs/iOS15/tensor_operation.py`.
 
+mod nms;
+mod scan;
+mod sort;
+
 use crate::error::{OpError, OpResult};
 use crate::graph::{Storage, ValueId};
 use crate::layout::{Layout, Shape, elements};
@@ -327,6 +331,33 @@ fn lower_pad(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
     cx.result(y)
 }
 
+/// `x` with zeros before and after along each dimension.
+pub(super) fn pad_zeros(
+    cx: &mut OpCx<'_, '_>,
+    x: ValueId,
+    before: &[usize],
+    after: &[usize],
+) -> OpResult<ValueId> {
+    let shape = cx.shape(x);
+    let grow = |(d, (b, a)): (&usize, (&usize, &usize))| d.checked_add(*b).and_then(|d| d.checked_add(*a));
+    let wide = shape
+        .iter()
+        .zip(before.iter().zip(after))
+        .map(grow)
+        .collect::<Option<Shape>>();
+    let op = Pad {
+        before: before.into(),
+        mode: PadMode::Constant,
+        fill: 0.0,
+    };
+    cx.emit(
+        op,
+        &[x],
+        cx.dtype(x),
+        &wide.ok_or("a padded dimension is too large")?,
+    )
+}
+
 fn lower_shape(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
     let x = cx.value("x")?;
     let dims: Vec<i32> = cx
@@ -396,14 +427,17 @@ fn lower_flatten2d(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
 
 macro_rules! row {
     ($name:literal, $inputs:expr, $outputs:expr, $lower:expr) => {
+        row!($name, "iOS15", 0.0, $inputs, $outputs, $lower)
+    };
+    ($name:literal, $since:literal, $tolerance:expr, $inputs:expr, $outputs:expr, $lower:expr) => {
         &OpSpec {
             name: $name,
             family: "tensor_operation",
-            since: "iOS15",
+            since: $since,
             inputs: $inputs,
             outputs: $outputs,
             support: Support::Full,
-            tolerance: 0.0,
+            tolerance: $tolerance,
             lower: $lower,
         }
     };
@@ -412,14 +446,67 @@ macro_rules! row {
 /// This family's rows.
 pub const OPS: &[&OpSpec] = &[
     row!(
+        "argsort",
+        &[req("x"), opt("axis"), opt("ascending")],
+        Some(1),
+        sort::lower_argsort
+    ),
+    row!(
+        "band_part",
+        &[req("x"), opt("lower"), opt("upper")],
+        Some(1),
+        scan::lower_band_part
+    ),
+    row!(
         "concat",
         &[req("values"), req("axis"), opt("interleave")],
         Some(1),
         lower_concat
     ),
+    row!(
+        "cumsum",
+        "iOS15",
+        1e-6,
+        &[req("x"), opt("axis"), opt("exclusive"), opt("reverse")],
+        Some(1),
+        scan::lower_cumsum
+    ),
     row!("fill", &[req("shape"), opt("value")], Some(1), lower_fill),
+    row!(
+        "fill_like",
+        "iOS16",
+        0.0,
+        &[req("ref_tensor"), opt("value")],
+        Some(1),
+        scan::lower_fill_like
+    ),
     row!("flatten2d", &[req("x"), opt("axis")], Some(1), lower_flatten2d),
     row!("identity", &[req("x")], Some(1), lower_identity),
+    row!(
+        "non_maximum_suppression",
+        &[
+            req("boxes"),
+            req("scores"),
+            req("iou_threshold"),
+            opt("score_threshold"),
+            req("max_boxes"),
+            opt("per_class_suppression"),
+        ],
+        None,
+        nms::lower_nms
+    ),
+    row!(
+        "one_hot",
+        &[
+            req("indices"),
+            req("one_hot_vector_size"),
+            opt("axis"),
+            opt("on_value"),
+            opt("off_value"),
+        ],
+        Some(1),
+        scan::lower_one_hot
+    ),
     row!(
         "pad",
         &[req("x"), req("pad"), opt("mode"), opt("constant_val")],
@@ -441,6 +528,20 @@ pub const OPS: &[&OpSpec] = &[
     ),
     row!("stack", &[req("values"), req("axis")], Some(1), lower_stack),
     row!("tile", &[req("x"), req("reps")], Some(1), lower_tile),
+    row!(
+        "topk",
+        &[
+            req("x"),
+            opt("k"),
+            opt("axis"),
+            opt("ascending"),
+            opt("sort"),
+            opt("return_indices"),
+            opt("output_indices_dtype"),
+        ],
+        None,
+        sort::lower_topk
+    ),
 ];
 
 #[cfg(test)]

@@ -1,6 +1,9 @@
 //! Shapes, orders and parts: mostly views. Source: coremltools 9.0, `mil/ops/defs/iOS15/tensor_transformation.py`, iOS16
 //! to iOS18.
 
+mod blocks;
+mod lines;
+
 use crate::error::{OpError, OpResult};
 use crate::graph::{Storage, ValueId};
 use crate::layout::{Layout, Shape, Strides, elements};
@@ -41,15 +44,9 @@ fn lower_squeeze(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
         Some(axes) => sorted_axes(&axes, shape.len())?,
         None => (0..shape.len()).filter(|&i| shape[i] == 1).collect(),
     };
-    if let Some(&a) = axes.iter().find(|&&a| shape[a] != 1) {
-        return Err(format!(
-            "axis {a} of shape {:?} is not 1 and cannot be squeezed",
-            shape.as_slice()
-        )
-        .into());
-    }
+    // Named dimensions of another size stay, as the operator's documentation says.
     let kept: Shape = (0..shape.len())
-        .filter(|i| !axes.contains(i))
+        .filter(|i| !axes.contains(i) || shape[*i] != 1)
         .map(|i| shape[i])
         .collect();
     let y = cx.reshape(x, &kept)?;
@@ -503,6 +500,66 @@ macro_rules! row {
 
 /// This family's rows.
 pub const OPS: &[&OpSpec] = &[
+    row!(
+        "batch_to_space",
+        "iOS15",
+        &[req("x"), req("block_shape"), req("crops")],
+        blocks::lower_batch_to_space
+    ),
+    row!(
+        "depth_to_space",
+        "iOS15",
+        &[req("x"), req("block_size")],
+        blocks::lower_depth_to_space
+    ),
+    row!(
+        "pixel_shuffle",
+        "iOS15",
+        &[req("x"), req("upscale_factor")],
+        blocks::lower_pixel_shuffle
+    ),
+    row!(
+        "pixel_unshuffle",
+        "iOS16",
+        &[req("x"), req("downscale_factor")],
+        blocks::lower_pixel_unshuffle
+    ),
+    row!(
+        "reshape_like",
+        "iOS16",
+        &[
+            req("x"),
+            req("ref_tensors"),
+            req("begins"),
+            req("ends"),
+            req("end_masks"),
+        ],
+        lines::lower_reshape_like
+    ),
+    row!(
+        "reverse_sequence",
+        "iOS15",
+        &[req("x"), req("lengths"), opt("seq_axis"), opt("batch_axis")],
+        lines::lower_reverse_sequence
+    ),
+    row!(
+        "sliding_windows",
+        "iOS15",
+        &[req("x"), req("axis"), req("size"), opt("stride")],
+        lines::lower_sliding_windows
+    ),
+    row!(
+        "space_to_batch",
+        "iOS15",
+        &[req("x"), req("block_shape"), req("paddings")],
+        blocks::lower_space_to_batch
+    ),
+    row!(
+        "space_to_depth",
+        "iOS15",
+        &[req("x"), req("block_size")],
+        blocks::lower_space_to_depth
+    ),
     row!(
         "expand_dims",
         "iOS15",
