@@ -42,6 +42,8 @@ pub(crate) struct Options {
     pub numerics: Numerics,
     /// 0 for the default pool.
     pub threads: usize,
+    /// fp16 inputs and outputs as fp32.
+    pub wide: bool,
 }
 
 /// The processors CoreML.framework may use. The portable engine runs on the CPU whatever is said here.
@@ -122,6 +124,13 @@ impl CoreMLModelBuilder {
     /// How the portable engine computes.
     pub fn numerics(mut self, numerics: Numerics) -> Self {
         self.options.numerics = numerics;
+        self
+    }
+
+    /// Makes the portable engine take and give fp16 inputs and outputs as fp32, not rounded on the way: for models that feed
+    /// each other, where rounding at every border adds up. The descriptions say fp32 then. Other engines ignore it.
+    pub fn wide(mut self, wide: bool) -> Self {
+        self.options.wide = wide;
         self
     }
 

@@ -235,6 +235,8 @@ impl Bundle {
             .engine(options.engine)
             .compute_units(options.compute_units)
             .numerics(options.numerics)
+            // Hidden states pass from part to part: rounding them to fp16 at each border changes close decisions.
+            .wide(true)
             .threads(options.threads)
             .load()
             .map_err(|e| Error::Engine {
