@@ -64,8 +64,8 @@ fn probabilities(model: &CoreMLModel) -> Vec<f32> {
                 .to_vec1::<f32>()
                 .unwrap(),
         );
-        hidden = result.tensor("new_hidden_state").unwrap().clone();
-        cell = result.tensor("new_cell_state").unwrap().clone();
+        hidden = result.tensor("new_hidden_state").unwrap();
+        cell = result.tensor("new_cell_state").unwrap();
     }
     out.extend(hidden.flatten_all().unwrap().to_vec1::<f32>().unwrap());
     out
