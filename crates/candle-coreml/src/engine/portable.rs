@@ -21,6 +21,7 @@ struct PortableEngine {
     model: portable::Model,
     /// Index of the function in the description; checked when this is made.
     function: usize,
+    wide_outputs: bool,
 }
 
 /// The portable engine's buffers.
@@ -41,19 +42,24 @@ pub(super) fn open(model: Arc<Model>, options: &Options) -> Result<Arc<dyn Engin
             Numerics::Faithful => portable::Numerics::Faithful,
             Numerics::Fast => portable::Numerics::Fast,
         },
+        wide_outputs: options.wide_outputs,
         pool: (options.threads > 0).then(|| Pool::new(options.threads)),
         ..portable::Options::default()
     };
     let model = portable::Model::load(model, Some(&name), engine_options).map_err(failed)?;
-    Ok(Arc::new(PortableEngine::new(model, &name)?))
+    Ok(Arc::new(PortableEngine::new(model, &name, options.wide_outputs)?))
 }
 
 impl PortableEngine {
-    fn new(model: portable::Model, name: &str) -> Result<Self, Error> {
+    fn new(model: portable::Model, name: &str, wide_outputs: bool) -> Result<Self, Error> {
         let description = model.file().description();
         let function = find_function(description, name)?;
         check_kinds(&description.functions[function])?;
-        Ok(PortableEngine { model, function })
+        Ok(PortableEngine {
+            model,
+            function,
+            wide_outputs,
+        })
     }
 }
 
@@ -70,9 +76,13 @@ impl Engine for PortableEngine {
         &self.description().functions[self.function]
     }
 
+    fn wide_outputs(&self) -> bool {
+        self.wide_outputs
+    }
+
     fn with_function(&self, name: &str) -> Result<Arc<dyn Engine>, Error> {
         let model = self.model.with_function(name).map_err(failed)?;
-        Ok(Arc::new(PortableEngine::new(model, name)?))
+        Ok(Arc::new(PortableEngine::new(model, name, self.wide_outputs)?))
     }
 
     fn make_state(&self) -> Result<Box<dyn EngineState>, Error> {
