@@ -42,8 +42,8 @@ pub(crate) struct Options {
     pub numerics: Numerics,
     /// 0 for the default pool.
     pub threads: usize,
-    /// fp16 outputs as f32, not rounded.
-    pub wide_outputs: bool,
+    /// fp16 inputs and outputs as fp32.
+    pub wide: bool,
 }
 
 /// The processors CoreML.framework may use. The portable engine runs on the CPU whatever is said here.
@@ -127,16 +127,16 @@ impl CoreMLModelBuilder {
         self
     }
 
-    /// How many threads the portable engine uses for this model; 0, the default, is the pool that all models share.
-    pub fn threads(mut self, threads: usize) -> Self {
-        self.options.threads = threads;
+    /// Makes the portable engine take and give fp16 inputs and outputs as fp32, not rounded on the way: for models that feed
+    /// each other, where rounding at every border adds up. The descriptions say fp32 then. Other engines ignore it.
+    pub fn wide(mut self, wide: bool) -> Self {
+        self.options.wide = wide;
         self
     }
 
-    /// Gives fp16 outputs as f32 tensors that were not rounded to fp16, where the engine computes them so: the portable
-    /// engine does, CoreML.framework gives f16 in any case. For logits, whose best two often round to the same fp16.
-    pub fn wide_outputs(mut self, wide: bool) -> Self {
-        self.options.wide_outputs = wide;
+    /// How many threads the portable engine uses for this model; 0, the default, is the pool that all models share.
+    pub fn threads(mut self, threads: usize) -> Self {
+        self.options.threads = threads;
         self
     }
 

@@ -255,7 +255,7 @@ impl CoreMLModel {
         let outputs = self.engine.predict(&inputs, state)?;
         let device = inputs::device(given);
         let finished = outputs.into_iter().map(|(name, value)| {
-            let value = finish(function, &name, value, &device, self.engine.wide_outputs())?;
+            let value = finish(function, &name, value, &device)?;
             Ok((name, value))
         });
         Ok(Outputs::new(finished.collect::<Result<_, Error>>()?))
@@ -325,23 +325,13 @@ fn values<'a>(inputs: &[(&'a str, &'a Value)]) -> Vec<(&'a str, Given<'a>)> {
         .collect()
 }
 
-/// An output in the declared dtype, or `wide` as the engine gives it, on the device it is wanted on.
-fn finish(
-    function: &FunctionDescription,
-    name: &str,
-    value: Value,
-    device: &Device,
-    wide: bool,
-) -> Result<Value, Error> {
+/// An output in the declared dtype and on the device it is wanted on.
+fn finish(function: &FunctionDescription, name: &str, value: Value, device: &Device) -> Result<Value, Error> {
     let Value::Tensor(mut tensor) = value else {
         return Ok(value);
     };
     let declared = function.outputs.iter().find(|f| f.name == name).map(|f| &f.ty);
-    if let Some(FeatureType::MultiArray(array)) = declared
-        && !(wide
-            && array.dtype == candle_coreml_mil::DType::Fp16
-            && tensor.dtype() == candle_core::DType::F32)
-    {
+    if let Some(FeatureType::MultiArray(array)) = declared {
         tensor = convert::as_declared(tensor, array.dtype)?;
     }
     Ok(Value::Tensor(if device.is_cpu() {

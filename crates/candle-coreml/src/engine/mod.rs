@@ -50,11 +50,6 @@ pub(crate) trait Engine: Send + Sync {
     /// The interface of the function this engine runs.
     fn function(&self) -> &FunctionDescription;
 
-    /// True when fp16 outputs come as f32, not rounded.
-    fn wide_outputs(&self) -> bool {
-        false
-    }
-
     /// The same model ready to run another function; weights are shared where the engine can.
     fn with_function(&self, name: &str) -> Result<Arc<dyn Engine>, Error>;
 

@@ -9,7 +9,8 @@ use crate::value::{Image, Pixels, Value};
 use candle_core::{Device, Tensor};
 use candle_coreml_kernels::Pool;
 use candle_coreml_mil::{
-    ColorSpace, Description, Feature, FeatureType, FunctionDescription, ImageDescription, Model, ModelKind,
+    ColorSpace, DType as ElementType, Description, Feature, FeatureType, FunctionDescription,
+    ImageDescription, Model, ModelKind,
 };
 use candle_coreml_portable as portable;
 use half::f16;
@@ -21,7 +22,8 @@ struct PortableEngine {
     model: portable::Model,
     /// Index of the function in the description; checked when this is made.
     function: usize,
-    wide_outputs: bool,
+    /// The function's description with fp32 in the place of fp16, when the model was opened so.
+    widened: Option<FunctionDescription>,
 }
 
 /// The portable engine's buffers.
@@ -42,23 +44,24 @@ pub(super) fn open(model: Arc<Model>, options: &Options) -> Result<Arc<dyn Engin
             Numerics::Faithful => portable::Numerics::Faithful,
             Numerics::Fast => portable::Numerics::Fast,
         },
-        wide_outputs: options.wide_outputs,
         pool: (options.threads > 0).then(|| Pool::new(options.threads)),
+        wide_outputs: options.wide,
         ..portable::Options::default()
     };
     let model = portable::Model::load(model, Some(&name), engine_options).map_err(failed)?;
-    Ok(Arc::new(PortableEngine::new(model, &name, options.wide_outputs)?))
+    Ok(Arc::new(PortableEngine::new(model, &name, options.wide)?))
 }
 
 impl PortableEngine {
-    fn new(model: portable::Model, name: &str, wide_outputs: bool) -> Result<Self, Error> {
+    fn new(model: portable::Model, name: &str, wide: bool) -> Result<Self, Error> {
         let description = model.file().description();
         let function = find_function(description, name)?;
         check_kinds(&description.functions[function])?;
+        let widened = description.functions.get(function).filter(|_| wide).map(widen);
         Ok(PortableEngine {
             model,
             function,
-            wide_outputs,
+            widened,
         })
     }
 }
@@ -73,16 +76,17 @@ impl Engine for PortableEngine {
     }
 
     fn function(&self) -> &FunctionDescription {
-        &self.description().functions[self.function]
-    }
-
-    fn wide_outputs(&self) -> bool {
-        self.wide_outputs
+        let own = &self.description().functions[self.function];
+        self.widened.as_ref().unwrap_or(own)
     }
 
     fn with_function(&self, name: &str) -> Result<Arc<dyn Engine>, Error> {
         let model = self.model.with_function(name).map_err(failed)?;
-        Ok(Arc::new(PortableEngine::new(model, name, self.wide_outputs)?))
+        Ok(Arc::new(PortableEngine::new(
+            model,
+            name,
+            self.widened.is_some(),
+        )?))
     }
 
     fn make_state(&self) -> Result<Box<dyn EngineState>, Error> {
@@ -187,6 +191,19 @@ impl<'a> From<Array<'a>> for Taken<'a> {
             elements,
         }
     }
+}
+
+/// The same function with fp32 inputs and outputs where the file says fp16; states stay as they are.
+fn widen(function: &FunctionDescription) -> FunctionDescription {
+    let mut function = function.clone();
+    for feature in function.inputs.iter_mut().chain(&mut function.outputs) {
+        if let FeatureType::MultiArray(array) = &mut feature.ty
+            && array.dtype == ElementType::Fp16
+        {
+            array.dtype = ElementType::Fp32;
+        }
+    }
+    function
 }
 
 /// Refuses, when a model is opened, the kinds of features this engine has no arrays for.

@@ -121,11 +121,11 @@ impl Bundle {
     /// # Errors
     /// [`Error::Engine`] when a package cannot be opened or run, [`Error::Wiring`] when packages do not fit each other.
     pub fn load(&self, options: &LoadOptions) -> Result<Box<dyn LanguageModel>, Error> {
-        let open = |file: &String| self.open_part(file, options, false);
+        let open = |file: &String| self.open_part(file, options);
         let components = Components {
             embeddings: open(&self.parts.embeddings)?,
             chunks: self.parts.chunks.iter().map(open).collect::<Result<_, _>>()?,
-            head: self.open_part(&self.parts.head, options, true)?,
+            head: open(&self.parts.head)?,
             context: self.context_tokens(),
             vocabulary: Vocabulary {
                 size: self
@@ -220,8 +220,7 @@ impl Bundle {
                 .is_some_and(|version| version < SAYS_WHETHER_PREFILL_IS_VALID)
     }
 
-    /// `logits` come unrounded: at their size fp16 has steps of 1/64, within which the best two often fall together.
-    fn open_part(&self, file: &String, options: &LoadOptions, logits: bool) -> Result<CoreMlPart, Error> {
+    fn open_part(&self, file: &String, options: &LoadOptions) -> Result<CoreMlPart, Error> {
         let builder = match (self.files.path(), self.files.below(file)) {
             (None, Some(inside)) => {
                 let rooted: BTreeMap<_, _> = inside
@@ -236,8 +235,9 @@ impl Bundle {
             .engine(options.engine)
             .compute_units(options.compute_units)
             .numerics(options.numerics)
+            // Hidden states pass from part to part: rounding them to fp16 at each border changes close decisions.
+            .wide(true)
             .threads(options.threads)
-            .wide_outputs(logits)
             .load()
             .map_err(|e| Error::Engine {
                 part: self.files.full_name(file),
