@@ -32,7 +32,7 @@ pub fn write() -> Result<(), String> {
     fs::write(&path, render()?).map_err(|e| format!("{}: {e}", path.display()))
 }
 
-/// Fails when the table is not what [`write`] would write.
+/// Fails when the table is not what [`write()`] would write.
 pub fn check() -> Result<(), String> {
     if read(&table())? == render()? {
         Ok(())

@@ -16,7 +16,7 @@ pub struct ValueId(pub u32);
 pub enum Storage {
     /// 32-bit floats: every floating-point value but states.
     F32,
-    /// 16-bit floats: states, and constants as stored.
+    /// 16-bit floats: constants as stored.
     F16,
     /// 32-bit integers: every integer type, and booleans as 0 and 1.
     I32,

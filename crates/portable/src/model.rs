@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Numerics {
-    /// Everything computed in 32-bit floats; fp16 only where values are stored (states, outputs).
+    /// Everything computed in 32-bit floats; fp16 only where outputs are given.
     #[default]
     Default,
     /// Results of fp16 operations rounded to fp16, each one; no operations merged.

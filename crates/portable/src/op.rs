@@ -107,7 +107,7 @@ pub enum In<'a> {
 pub enum Out<'a> {
     /// 32-bit floats.
     F32(ViewMut<'a, f32>),
-    /// 16-bit floats: states only.
+    /// 16-bit floats.
     F16(ViewMut<'a, f16>),
     /// 32-bit integers.
     I32(ViewMut<'a, i32>),
