@@ -115,7 +115,10 @@ pub fn padding(
     dilation: &[usize],
 ) -> OpResult<(Vec<usize>, Vec<usize>)> {
     let n = spatial.len();
-    let pad_type = cx.text("pad_type")?.unwrap_or_else(|| "valid".into());
+    let pad_type = cx
+        .text("pad_type")?
+        .unwrap_or_else(|| "valid".into())
+        .to_lowercase();
     let total = |i: usize| {
         let reach = (kernel[i].max(1) - 1) * dilation[i] + 1;
         let out = spatial[i].div_ceil(stride[i].max(1));

@@ -116,7 +116,7 @@ pub fn activation_named(name: &str) -> OpResult<Unary> {
 }
 
 fn activation(cx: &mut OpCx<'_, '_>, param: &str, default: &str) -> OpResult<Unary> {
-    activation_named(&cx.text(param)?.unwrap_or_else(|| default.into()))
+    activation_named(&cx.text(param)?.unwrap_or_else(|| default.into()).to_lowercase())
 }
 
 fn direction(

@@ -92,7 +92,10 @@ pub fn lower_transpose(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
         spatial: have[2..].to_vec(),
         stride,
     };
-    let pad_type = cx.text("pad_type")?.unwrap_or_else(|| "valid".into());
+    let pad_type = cx
+        .text("pad_type")?
+        .unwrap_or_else(|| "valid".into())
+        .to_lowercase();
     let pad = sizes(cx, "pad", 2 * n, 0)?;
     let wanted = output_shape(cx, have[0], outputs, n)?;
     let (lengths, before) = axes.lengths(&pad_type, &pad, wanted.as_deref())?;
