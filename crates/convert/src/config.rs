@@ -1,0 +1,414 @@
+//! What a decoder looks like, from `config.json` or the header of a GGUF file.
+
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+
+/// Families of decoders that are converted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// Llama 2 and 3, SmolLM2.
+    Llama,
+    /// Mistral.
+    Mistral,
+    /// Qwen 2 and 2.5: biases on queries, keys and values.
+    Qwen2,
+    /// Qwen 3: norms on queries and keys.
+    Qwen3,
+    /// Gemma 3: norms around attention and MLP, local and global layers.
+    Gemma3,
+}
+
+impl Family {
+    /// The architecture word and the file prefix that ANEMLL uses.
+    pub fn anemll_name(self) -> &'static str {
+        match self {
+            Family::Llama | Family::Mistral => "llama",
+            Family::Qwen2 => "qwen2.5",
+            Family::Qwen3 => "qwen3",
+            Family::Gemma3 => "gemma3",
+        }
+    }
+
+    /// Prefix of the package names.
+    pub fn prefix(self) -> &'static str {
+        match self {
+            Family::Llama | Family::Mistral => "llama",
+            Family::Qwen2 => "qwen25",
+            Family::Qwen3 => "qwen",
+            Family::Gemma3 => "gemma3",
+        }
+    }
+
+    pub(crate) fn from_model_type(word: &str) -> Option<Family> {
+        Some(match word {
+            "llama" => Family::Llama,
+            "mistral" | "mistral3" => Family::Mistral,
+            "qwen2" => Family::Qwen2,
+            "qwen3" => Family::Qwen3,
+            "gemma3_text" | "gemma3" => Family::Gemma3,
+            _ => return None,
+        })
+    }
+}
+
+/// How rotary frequencies are stretched for contexts longer than the model was first trained on.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum RopeScaling {
+    /// Every frequency divided by a factor.
+    Linear(f64),
+    /// Llama 3.1: low frequencies divided, high ones kept, those between blended.
+    Llama3 {
+        /// Divisor of the low frequencies.
+        factor: f64,
+        /// Wavelengths longer than the old context by this are divided.
+        low: f64,
+        /// Wavelengths shorter than the old context by this are kept.
+        high: f64,
+        /// The context the model was first trained on.
+        context: f64,
+    },
+}
+
+/// Sizes and switches of a decoder.
+#[derive(Debug, Clone, PartialEq)]
+#[allow(missing_docs, reason = "the words of the checkpoints' own configurations")]
+pub struct DecoderConfig {
+    pub family: Family,
+    pub hidden: usize,
+    pub layers: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub intermediate: usize,
+    pub vocabulary: usize,
+    pub max_positions: usize,
+    pub rope_theta: f64,
+    pub rope_scaling: Option<RopeScaling>,
+    pub rms_eps: f32,
+    pub tied: bool,
+    /// Gemma 3: rotary base of the local layers.
+    pub local_rope_theta: Option<f64>,
+    /// Positions a local layer looks back.
+    pub sliding_window: Option<usize>,
+    /// One a layer: true for local ones. Empty where there are none.
+    pub local_layers: Vec<bool>,
+    /// Scores are multiplied by this.
+    pub attention_scale: f32,
+    /// Gemma: embeddings are multiplied by this.
+    pub embedding_scale: Option<f32>,
+    pub end_tokens: Vec<u32>,
+}
+
+struct Reader<'a> {
+    file: &'a str,
+    json: &'a Value,
+}
+
+impl Reader<'_> {
+    fn get(&self, key: &str) -> Option<&Value> {
+        self.json.get(key).filter(|v| !v.is_null())
+    }
+
+    fn wrong(&self, key: &str, wanted: &str) -> Error {
+        let found = self.get(key).map_or("nothing".to_owned(), Value::to_string);
+        Error::malformed(self.file, format!("{key:?}: {found} found, {wanted} needed"))
+    }
+
+    fn size_or(&self, key: &str, default: Option<usize>) -> Result<usize> {
+        /// No decoder has a dimension beyond this; sizes are multiplied with each other later.
+        const MOST: u64 = 1 << 24;
+        match self.get(key) {
+            None => default.ok_or_else(|| self.wrong(key, "a size")),
+            Some(v) => match v.as_u64() {
+                Some(n @ 1..=MOST) => usize::try_from(n).map_err(|_| self.wrong(key, "a size")),
+                _ => Err(self.wrong(key, "a size from 1 to 16,777,216")),
+            },
+        }
+    }
+
+    fn size(&self, key: &str) -> Result<usize> {
+        self.size_or(key, None)
+    }
+
+    fn number_or(&self, key: &str, default: f64) -> Result<f64> {
+        match self.get(key) {
+            None => Ok(default),
+            Some(v) => {
+                let n = v.as_f64().filter(|n| n.is_finite() && *n > 0.0);
+                n.ok_or_else(|| self.wrong(key, "a positive number"))
+            }
+        }
+    }
+
+    fn flag(&self, key: &str) -> bool {
+        self.get(key).and_then(Value::as_bool).unwrap_or(false)
+    }
+}
+
+impl DecoderConfig {
+    /// Reads the text of a `config.json`; `file` is used in errors.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] with the key that is wrong, [`Error::Unsupported`] for what is not converted.
+    pub fn parse(file: &str, text: &[u8]) -> Result<Self> {
+        let json: Value = serde_json::from_slice(text).map_err(|e| Error::malformed(file, e.to_string()))?;
+        let unsupported = |what: String| Error::Unsupported {
+            file: file.to_owned(),
+            what,
+        };
+        let word = json.get("model_type").and_then(Value::as_str).unwrap_or("");
+        let family = Family::from_model_type(word).ok_or_else(|| {
+            unsupported(format!(
+                "model_type {word:?}; supported: llama, mistral, qwen2, qwen3, gemma3_text"
+            ))
+        })?;
+        let json = match json.get("text_config") {
+            Some(text) if family == Family::Gemma3 => text,
+            _ => &json,
+        };
+        let config = Reader { file, json };
+        for (key, plain) in [("hidden_act", "silu"), ("hidden_activation", "gelu_pytorch_tanh")] {
+            let found = config.get(key).and_then(Value::as_str).unwrap_or(plain);
+            if found != plain && (family == Family::Gemma3) == (key == "hidden_activation") {
+                return Err(unsupported(format!("{key} {found:?}; supported: {plain:?}")));
+            }
+        }
+        for key in ["attn_logit_softcapping", "final_logit_softcapping"] {
+            if config.get(key).is_some() {
+                return Err(unsupported(format!(
+                    "{key}; supported: logits without a soft cap"
+                )));
+            }
+        }
+        for (key, what) in [
+            ("quantization_config", "checkpoints of floats or GGUF"),
+            ("num_local_experts", "dense MLPs"),
+        ] {
+            if config.get(key).is_some() {
+                return Err(unsupported(format!("{key}; supported: {what}")));
+            }
+        }
+        Self::read(&config, family)
+    }
+
+    fn read(config: &Reader<'_>, family: Family) -> Result<Self> {
+        let gemma = family == Family::Gemma3;
+        let (hidden, heads) = (config.size("hidden_size")?, config.size("num_attention_heads")?);
+        let layers = config.size("num_hidden_layers")?;
+        let head_dim = config.size_or("head_dim", (hidden % heads == 0).then_some(hidden / heads))?;
+        let kv_heads = config.size_or("num_key_value_heads", Some(heads))?;
+        if heads % kv_heads != 0 || head_dim % 2 != 0 {
+            return Err(Error::malformed(
+                config.file,
+                format!(
+                    "{heads} heads of {head_dim} do not fit {kv_heads} key/value heads, or the head is odd"
+                ),
+            ));
+        }
+        let query_scale = config.number_or("query_pre_attn_scalar", head_dim as f64)?;
+        let sliding = config.get("sliding_window").is_some()
+            && (family == Family::Mistral || gemma || config.flag("use_sliding_window"));
+        Ok(DecoderConfig {
+            family,
+            hidden,
+            layers,
+            heads,
+            kv_heads,
+            head_dim,
+            intermediate: config.size("intermediate_size")?,
+            vocabulary: config.size("vocab_size")?,
+            max_positions: config.size_or("max_position_embeddings", Some(2048))?,
+            rope_theta: rope_theta(config, if gemma { 1e6 } else { 1e4 })?,
+            rope_scaling: rope_scaling(config)?,
+            rms_eps: config.number_or("rms_norm_eps", 1e-6)? as f32,
+            tied: config
+                .get("tie_word_embeddings")
+                .and_then(Value::as_bool)
+                .unwrap_or(gemma),
+            local_rope_theta: if gemma {
+                Some(config.number_or("rope_local_base_freq", 1e4)?)
+            } else {
+                None
+            },
+            sliding_window: if sliding {
+                Some(config.size("sliding_window")?)
+            } else {
+                None
+            },
+            local_layers: if gemma {
+                local_layers(config, layers)?
+            } else {
+                Vec::new()
+            },
+            attention_scale: (1.0 / query_scale.sqrt()) as f32,
+            embedding_scale: gemma.then(|| (hidden as f64).sqrt() as f32),
+            end_tokens: end_tokens(config),
+        })
+    }
+
+    /// Inverse rotary frequencies, `head_dim / 2` of them; `local` for Gemma's local layers.
+    pub fn rope_frequencies(&self, local: bool) -> Vec<f64> {
+        let theta = self.local_rope_theta.filter(|_| local).unwrap_or(self.rope_theta);
+        let plain = |i: usize| theta.powf(-2.0 * i as f64 / self.head_dim as f64);
+        let scaled = |f: f64| match self.rope_scaling.filter(|_| !local) {
+            None => f,
+            Some(RopeScaling::Linear(factor)) => f / factor,
+            Some(RopeScaling::Llama3 {
+                factor,
+                low,
+                high,
+                context,
+            }) => {
+                let wavelength = 2.0 * std::f64::consts::PI / f;
+                if wavelength < context / high {
+                    f
+                } else if wavelength > context / low {
+                    f / factor
+                } else {
+                    let smooth = (context / wavelength - low) / (high - low);
+                    (1.0 - smooth) * f / factor + smooth * f
+                }
+            }
+        };
+        (0..self.head_dim / 2).map(|i| scaled(plain(i))).collect()
+    }
+
+    /// True for layers that look at the sliding window only.
+    pub fn is_local(&self, layer: usize) -> bool {
+        self.local_layers.get(layer).copied().unwrap_or(false)
+    }
+}
+
+fn rope_theta(config: &Reader<'_>, default: f64) -> Result<f64> {
+    // transformers 5 writes the base among the scaling parameters.
+    match config
+        .get("rope_parameters")
+        .and_then(|p| p.get("rope_theta"))
+        .and_then(Value::as_f64)
+    {
+        Some(theta) => Ok(theta),
+        None => config.number_or("rope_theta", default),
+    }
+}
+
+fn rope_scaling(config: &Reader<'_>) -> Result<Option<RopeScaling>> {
+    let Some(json) = config
+        .get("rope_scaling")
+        .or_else(|| config.get("rope_parameters"))
+    else {
+        return Ok(None);
+    };
+    let scaling = Reader {
+        file: config.file,
+        json,
+    };
+    let kind = scaling
+        .get("rope_type")
+        .or_else(|| scaling.get("type"))
+        .and_then(Value::as_str);
+    match kind.unwrap_or("default") {
+        "default" => Ok(None),
+        "linear" => Ok(Some(RopeScaling::Linear(scaling.number_or("factor", 1.0)?))),
+        "llama3" => Ok(Some(RopeScaling::Llama3 {
+            factor: scaling.number_or("factor", 8.0)?,
+            low: scaling.number_or("low_freq_factor", 1.0)?,
+            high: scaling.number_or("high_freq_factor", 4.0)?,
+            context: scaling.number_or("original_max_position_embeddings", 8192.0)?,
+        })),
+        other => Err(Error::Unsupported {
+            file: config.file.to_owned(),
+            what: format!("rope scaling {other:?}; supported: default, linear, llama3"),
+        }),
+    }
+}
+
+fn local_layers(config: &Reader<'_>, layers: usize) -> Result<Vec<bool>> {
+    if let Some(types) = config.get("layer_types").and_then(Value::as_array) {
+        if types.len() != layers {
+            return Err(config.wrong("layer_types", "one entry a layer"));
+        }
+        return Ok(types.iter().map(|t| t == "sliding_attention").collect());
+    }
+    let every = config.size_or("sliding_window_pattern", Some(6))?;
+    Ok((1..=layers).map(|layer| layer % every != 0).collect())
+}
+
+fn end_tokens(config: &Reader<'_>) -> Vec<u32> {
+    let id = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
+    match config.get("eos_token_id") {
+        Some(Value::Array(list)) => list.iter().filter_map(id).collect(),
+        Some(one) => id(one).into_iter().collect(),
+        None => Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BASE: &str = r#""hidden_size": 64, "num_hidden_layers": 7, "num_attention_heads": 4,
+        "intermediate_size": 128, "vocab_size": 100"#;
+
+    fn parse(extra: &str) -> Result<DecoderConfig> {
+        DecoderConfig::parse("config.json", format!("{{{BASE}, {extra}}}").as_bytes())
+    }
+
+    #[test]
+    fn families_fill_in_their_own_defaults() {
+        let llama =
+            parse(r#""model_type": "llama", "num_key_value_heads": 2, "eos_token_id": [2, 5]"#).unwrap();
+        assert_eq!((llama.head_dim, llama.kv_heads, llama.tied), (16, 2, false));
+        assert_eq!((llama.attention_scale, llama.end_tokens), (0.25, vec![2, 5]));
+        let gemma =
+            parse(r#""model_type": "gemma3_text", "query_pre_attn_scalar": 256, "sliding_window": 8"#)
+                .unwrap();
+        assert_eq!(
+            (gemma.tied, gemma.embedding_scale, gemma.attention_scale),
+            (true, Some(8.0), 0.0625)
+        );
+        assert_eq!(gemma.local_layers, [true, true, true, true, true, false, true]);
+        assert_eq!(gemma.rope_frequencies(true)[1], 1e4f64.powf(-1.0 / 8.0));
+    }
+
+    #[test]
+    fn what_is_not_converted_is_refused_by_name() {
+        for (extra, expected) in [
+            (r#""model_type": "gpt2""#, "model_type \"gpt2\""),
+            (
+                r#""model_type": "llama", "rope_scaling": {"type": "yarn"}"#,
+                "rope scaling \"yarn\"",
+            ),
+            (
+                r#""model_type": "llama", "hidden_act": "gelu""#,
+                "hidden_act \"gelu\"",
+            ),
+            (
+                r#""model_type": "gemma3_text", "final_logit_softcapping": 30"#,
+                "final_logit_softcapping",
+            ),
+            (r#""model_type": "llama", "head_dim": 0"#, "\"head_dim\": 0 found"),
+            (r#""model_type": "llama", "num_key_value_heads": 3"#, "4 heads"),
+            (r#""model_type": "llama", "rope_theta": "x""#, "\"rope_theta\""),
+        ] {
+            let error = parse(extra).unwrap_err().to_string();
+            assert!(
+                error.contains(expected) && error.starts_with("config.json"),
+                "{extra}: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn llama_3_scaling_divides_low_frequencies_only() {
+        let config = parse(
+            r#""model_type": "llama", "rope_theta": 500000, "head_dim": 64, "rope_scaling": {"rope_type": "llama3",
+            "factor": 32, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}"#,
+        )
+        .unwrap();
+        let plain = |i: usize| 500000f64.powf(-2.0 * i as f64 / 64.0);
+        let found = config.rope_frequencies(false);
+        assert_eq!((found[0], found[31]), (1.0, plain(31) / 32.0));
+        assert!(found[16] < plain(16) && found[16] > plain(16) / 32.0);
+    }
+}

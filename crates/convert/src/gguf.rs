@@ -1,0 +1,332 @@
+//! GGUF files: configuration, tokenizer and tensors in the words of Hugging Face.
+
+mod tokenizer;
+
+use std::io::Cursor;
+use std::path::Path;
+
+use bytes::Bytes;
+use candle_core::Device;
+use candle_core::quantized::gguf_file::{Content, Value};
+use candle_coreml_mil::Source;
+use serde_json::{Map, json};
+
+use crate::error::{Error, Result};
+
+/// An opened GGUF file; tensors stay in the mapped file until they are read.
+pub(crate) struct GgufFile {
+    name: String,
+    bytes: Bytes,
+    content: Content,
+}
+
+impl std::fmt::Debug for GgufFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} ({} tensors)", self.name, self.content.tensor_infos.len())
+    }
+}
+
+/// A tensor of the file and what has to be undone to get the original.
+#[derive(Debug, Clone)]
+pub(crate) struct GgufTensor {
+    /// The name Hugging Face gives it.
+    pub(crate) name: String,
+    pub(crate) shape: Vec<usize>,
+    stored: String,
+    undo: Undo,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Undo {
+    Nothing,
+    /// llama.cpp orders the rows of each head's query and key by pairs; the number of heads.
+    Pairs(usize),
+    /// llama.cpp adds 1 to Gemma's norms.
+    One,
+}
+
+impl GgufFile {
+    pub(crate) fn open(path: &Path) -> Result<Self> {
+        let name = path.display().to_string();
+        let file = path
+            .file_name()
+            .map(|n| n.to_string_lossy().into_owned())
+            .unwrap_or_default();
+        let bytes = Source::directory(path.parent().unwrap_or(Path::new(""))).read(&file)?;
+        let content =
+            Content::read(&mut Cursor::new(&bytes)).map_err(|e| Error::malformed(&name, e.to_string()))?;
+        Ok(GgufFile { name, bytes, content })
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn architecture(&self) -> Result<&str> {
+        self.text("general.architecture")
+            .ok_or_else(|| self.missing("general.architecture"))
+    }
+
+    fn missing(&self, key: &str) -> Error {
+        Error::malformed(
+            &self.name,
+            format!("metadata {key:?} is missing or of another type"),
+        )
+    }
+
+    fn get(&self, key: &str) -> Option<&Value> {
+        self.content.metadata.get(key)
+    }
+
+    fn text(&self, key: &str) -> Option<&str> {
+        self.get(key)?.to_string().ok().map(String::as_str)
+    }
+
+    fn number(&self, key: &str) -> Option<u64> {
+        match self.get(key)? {
+            Value::I32(n) => u64::try_from(*n).ok(),
+            Value::I64(n) => u64::try_from(*n).ok(),
+            Value::U16(n) => Some(u64::from(*n)),
+            other => other.to_u64().ok(),
+        }
+    }
+
+    fn float(&self, key: &str) -> Option<f64> {
+        let value = self.get(key)?;
+        value.to_f32().map(f64::from).or_else(|_| value.to_f64()).ok()
+    }
+
+    fn flag(&self, key: &str) -> Option<bool> {
+        self.get(key)?.to_bool().ok()
+    }
+
+    fn strings(&self, key: &str) -> Option<Vec<&str>> {
+        let list = self.get(key)?.to_vec().ok()?;
+        list.iter()
+            .map(|v| v.to_string().ok().map(String::as_str))
+            .collect()
+    }
+
+    /// The text of the `config.json` this file stands for.
+    pub(crate) fn config(&self) -> Result<String> {
+        let arch = self.architecture()?;
+        let model_type = match arch {
+            "gemma3" => "gemma3_text",
+            other => other,
+        };
+        let key = |name: &str| format!("{arch}.{name}");
+        let size = |name: &str| self.number(&key(name)).ok_or_else(|| self.missing(&key(name)));
+        let mut config = Map::new();
+        config.insert("model_type".into(), model_type.into());
+        for (to, from) in [
+            ("hidden_size", "embedding_length"),
+            ("num_hidden_layers", "block_count"),
+            ("num_attention_heads", "attention.head_count"),
+            ("intermediate_size", "feed_forward_length"),
+            ("max_position_embeddings", "context_length"),
+        ] {
+            config.insert(to.into(), size(from)?.into());
+        }
+        for (to, from) in [
+            ("num_key_value_heads", "attention.head_count_kv"),
+            ("head_dim", "attention.key_length"),
+            ("sliding_window", "attention.sliding_window"),
+        ] {
+            if let Some(n) = self.number(&key(from)) {
+                config.insert(to.into(), n.into());
+            }
+        }
+        for (to, from) in [
+            ("rope_theta", "rope.freq_base"),
+            ("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
+        ] {
+            if let Some(x) = self.float(&key(from)) {
+                config.insert(to.into(), x.into());
+            }
+        }
+        match self.text(&key("rope.scaling.type")) {
+            None | Some("none") => {}
+            Some(kind) => {
+                let factor = self.float(&key("rope.scaling.factor")).unwrap_or(1.0);
+                config.insert(
+                    "rope_scaling".into(),
+                    json!({ "rope_type": kind, "factor": factor }),
+                );
+            }
+        }
+        if self.content.tensor_infos.contains_key("rope_freqs.weight") {
+            // The factors of Llama 3.1 and later, which come as a tensor here.
+            config.insert(
+                "rope_scaling".into(),
+                json!({ "rope_type": "factors of a GGUF file (rope_freqs)" }),
+            );
+        }
+        let vocabulary = self
+            .strings("tokenizer.ggml.tokens")
+            .ok_or_else(|| self.missing("tokenizer.ggml.tokens"))?;
+        config.insert("vocab_size".into(), vocabulary.len().into());
+        config.insert(
+            "tie_word_embeddings".into(),
+            (!self.content.tensor_infos.contains_key("output.weight")).into(),
+        );
+        for (to, from) in [
+            ("bos_token_id", "tokenizer.ggml.bos_token_id"),
+            ("eos_token_id", "tokenizer.ggml.eos_token_id"),
+        ] {
+            if let Some(n) = self.number(from) {
+                config.insert(to.into(), n.into());
+            }
+        }
+        Ok(format!("{:#}\n", serde_json::Value::Object(config)))
+    }
+
+    /// All tensors that a decoder has.
+    pub(crate) fn tensors(&self) -> Result<Vec<GgufTensor>> {
+        let arch = self.architecture()?;
+        let heads = |key: &str| {
+            self.number(&format!("{arch}.{key}"))
+                .and_then(|n| usize::try_from(n).ok())
+        };
+        let query = heads("attention.head_count").unwrap_or(1);
+        let key = heads("attention.head_count_kv").unwrap_or(query);
+        let mut tensors = Vec::new();
+        for (stored, info) in &self.content.tensor_infos {
+            let Some(name) = hugging_face_name(stored, arch) else {
+                continue;
+            };
+            let undo = match () {
+                () if arch == "llama" && stored.contains(".attn_q.") => Undo::Pairs(query),
+                () if arch == "llama" && stored.contains(".attn_k.") => Undo::Pairs(key),
+                () if arch == "gemma3" && stored.ends_with("norm.weight") => Undo::One,
+                () => Undo::Nothing,
+            };
+            let shape = info.shape.dims().to_vec();
+            tensors.push(GgufTensor {
+                name,
+                shape,
+                stored: stored.clone(),
+                undo,
+            });
+        }
+        Ok(tensors)
+    }
+
+    pub(crate) fn read(&self, tensor: &GgufTensor) -> Result<Vec<f32>> {
+        let wrong = |e: candle_core::Error| Error::tensor(&tensor.stored, e.to_string());
+        let mut reader = Cursor::new(&self.bytes);
+        let read = self.content.tensor(&mut reader, &tensor.stored, &Device::Cpu);
+        let dense = read.and_then(|t| t.dequantize(&Device::Cpu)).map_err(wrong)?;
+        let mut values = dense
+            .flatten_all()
+            .and_then(|t| t.to_vec1::<f32>())
+            .map_err(wrong)?;
+        match tensor.undo {
+            Undo::Nothing => {}
+            Undo::One => values.iter_mut().for_each(|v| *v -= 1.0),
+            Undo::Pairs(heads) => {
+                let rows = tensor.shape.first().copied().unwrap_or(0);
+                if heads == 0 || rows % (2 * heads) != 0 {
+                    return Err(Error::tensor(
+                        &tensor.stored,
+                        format!("{rows} rows are not {heads} heads of pairs"),
+                    ));
+                }
+                values = without_pairs(&values, rows, heads);
+            }
+        }
+        Ok(values)
+    }
+
+    /// `tokenizer.json` and `tokenizer_config.json`.
+    pub(crate) fn tokenizer_files(&self) -> Result<[(&'static str, String); 2]> {
+        tokenizer::files(self)
+    }
+}
+
+/// Row `(head, half, i)` of the original is row `(head, i, half)` of the file.
+fn without_pairs(values: &[f32], rows: usize, heads: usize) -> Vec<f32> {
+    let (width, half) = (values.len() / rows, rows / heads / 2);
+    let mut out = Vec::with_capacity(values.len());
+    for head in 0..heads {
+        for side in 0..2 {
+            for i in 0..half {
+                let row = (head * half + i) * 2 + side;
+                out.extend_from_slice(&values[row * width..(row + 1) * width]);
+            }
+        }
+    }
+    out
+}
+
+fn hugging_face_name(stored: &str, arch: &str) -> Option<String> {
+    let whole = match stored {
+        "token_embd.weight" => Some("model.embed_tokens.weight"),
+        "output.weight" => Some("lm_head.weight"),
+        "output_norm.weight" => Some("model.norm.weight"),
+        _ => None,
+    };
+    if let Some(name) = whole {
+        return Some(name.to_owned());
+    }
+    let (layer, part) = stored.strip_prefix("blk.")?.split_once('.')?;
+    let (part, kind) = part.rsplit_once('.')?;
+    let gemma = arch == "gemma3";
+    let part = match part {
+        "attn_norm" => "input_layernorm",
+        "attn_q" => "self_attn.q_proj",
+        "attn_k" => "self_attn.k_proj",
+        "attn_v" => "self_attn.v_proj",
+        "attn_output" => "self_attn.o_proj",
+        "attn_q_norm" => "self_attn.q_norm",
+        "attn_k_norm" => "self_attn.k_norm",
+        "ffn_norm" if gemma => "pre_feedforward_layernorm",
+        "ffn_norm" => "post_attention_layernorm",
+        "post_attention_norm" => "post_attention_layernorm",
+        "post_ffw_norm" => "post_feedforward_layernorm",
+        "ffn_gate" => "mlp.gate_proj",
+        "ffn_up" => "mlp.up_proj",
+        "ffn_down" => "mlp.down_proj",
+        _ => return None,
+    };
+    Some(format!("model.layers.{layer}.{part}.{kind}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pairs_go_back_to_halves() {
+        // Two heads of four rows, one column: the file has (0, 2, 1, 3) where the original has (0, 1, 2, 3).
+        let file = [0.0, 2.0, 1.0, 3.0, 10.0, 12.0, 11.0, 13.0];
+        assert_eq!(
+            without_pairs(&file, 8, 2),
+            [0.0, 1.0, 2.0, 3.0, 10.0, 11.0, 12.0, 13.0]
+        );
+    }
+
+    #[test]
+    fn names_are_those_of_the_original() {
+        for (stored, arch, expected) in [
+            (
+                "blk.3.attn_q.bias",
+                "qwen2",
+                Some("model.layers.3.self_attn.q_proj.bias"),
+            ),
+            (
+                "blk.0.ffn_norm.weight",
+                "llama",
+                Some("model.layers.0.post_attention_layernorm.weight"),
+            ),
+            (
+                "blk.0.ffn_norm.weight",
+                "gemma3",
+                Some("model.layers.0.pre_feedforward_layernorm.weight"),
+            ),
+            ("output.weight", "llama", Some("lm_head.weight")),
+            ("rope_freqs.weight", "llama", None),
+        ] {
+            assert_eq!(hugging_face_name(stored, arch).as_deref(), expected, "{stored}");
+        }
+    }
+}

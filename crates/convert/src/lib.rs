@@ -1,0 +1,26 @@
+//! Checkpoints to Core ML packages, and a builder for programs of one's own.
+//!
+//! [`ProgramBuilder`] writes a package whose functions are made with [`FunctionBuilder`]; operators and their parameters
+//! are checked against the specs of the portable engine. [`convert_language_model`] turns a Hugging Face folder or a GGUF
+//! file into packages, [`compress_package`] makes the weights of an existing package smaller.
+
+mod builder;
+pub mod compress;
+mod config;
+mod error;
+mod function;
+mod gguf;
+mod layers;
+pub mod literal;
+mod lm;
+mod reference;
+mod weights;
+
+pub use builder::{ProgramBuilder, Weight};
+pub use compress::{CompressOptions, CompressReport, Compression, Progress, compress_package};
+pub use config::{DecoderConfig, Family, RopeScaling};
+pub use error::{Error, Result};
+pub use function::{Arg, FunctionBuilder, Var};
+pub use lm::{LanguageModelOptions, Layout, Plan, convert_language_model, plan_language_model};
+pub use reference::Reference;
+pub use weights::Checkpoint;
