@@ -338,7 +338,7 @@ impl FunctionBuilder {
         )
     }
 
-    /// `x Wᵀ + b` over the last dimension; `weight` is [out, in], `bias` [out].
+    /// `x Wᵀ + b` over the last dimension; `weight` is `[out, in]`, `bias` `[out]`.
     ///
     /// # Errors
     /// [`Error::Op`] when the sizes do not fit.
