@@ -148,7 +148,10 @@ mod tests {
             assert_eq!(Element::from_code(element.code()), Some(element));
             assert_eq!(element.code() & 0xff, 8 * element.bytes() as isize, "{element:?}");
             let zeros = Buffer::zeros(element, 3);
-            assert_eq!((zeros.element(), zeros.bytes().len()), (element, 3 * element.bytes()));
+            assert_eq!(
+                (zeros.element(), zeros.bytes().len()),
+                (element, 3 * element.bytes())
+            );
         }
         assert_eq!(Element::from_code(0x20000 | 64), None);
     }

@@ -78,7 +78,11 @@ impl Cache {
         files.sort();
         for relative in files {
             put(&mut hash, relative.as_bytes());
-            let path = if relative.is_empty() { source.to_path_buf() } else { source.join(&relative) };
+            let path = if relative.is_empty() {
+                source.to_path_buf()
+            } else {
+                source.join(&relative)
+            };
             put(&mut hash, &file_digest(&path)?);
         }
         let digest = hash.finalize();
@@ -177,7 +181,8 @@ mod tests {
 
     impl Folder {
         fn new(name: &str) -> Folder {
-            let path = std::env::temp_dir().join(format!("candle-coreml-cache-{name}-{}", std::process::id()));
+            let path =
+                std::env::temp_dir().join(format!("candle-coreml-cache-{name}-{}", std::process::id()));
             let left = fs::remove_dir_all(&path);
             drop(left);
             fs::create_dir_all(&path).unwrap();
@@ -256,7 +261,11 @@ mod tests {
         };
         assert!(cache.get(&source, refuse).is_err());
         assert_eq!(fs::read_dir(folder.0.join("cache")).unwrap().count(), 0);
-        assert!(cache.get(&source, |_| folder.compiled(&AtomicU64::new(0))).is_ok());
+        assert!(
+            cache
+                .get(&source, |_| folder.compiled(&AtomicU64::new(0)))
+                .is_ok()
+        );
     }
 
     #[test]
@@ -276,7 +285,10 @@ mod tests {
             threads.into_iter().map(|t| t.join().unwrap()).collect()
         });
         assert!(entries.iter().all(|e| e == &entries[0]));
-        assert_eq!(fs::read(entries[0].join("weights/weight.bin")).unwrap().len(), 100_000);
+        assert_eq!(
+            fs::read(entries[0].join("weights/weight.bin")).unwrap().len(),
+            100_000
+        );
         assert_eq!(fs::read_dir(folder.0.join("cache")).unwrap().count(), 1);
     }
 }

@@ -56,14 +56,18 @@ pub fn check(read: &FunctionDescription, loaded: &FunctionDescription) -> Result
     for (side, ours, theirs) in sides {
         for feature in ours {
             let found = theirs.iter().find(|f| f.name == feature.name);
-            let found = found.ok_or_else(|| Error::feature(&feature.name, format!("Core ML has no such {side}")))?;
+            let found =
+                found.ok_or_else(|| Error::feature(&feature.name, format!("Core ML has no such {side}")))?;
             if !agree(&feature.ty, &found.ty) {
                 let problem = format!("the file declares {:?}, Core ML {:?}", feature.ty, found.ty);
                 return Err(Error::feature(&feature.name, problem));
             }
         }
         if let Some(more) = theirs.iter().find(|f| ours.iter().all(|o| o.name != f.name)) {
-            return Err(Error::feature(&more.name, format!("the file declares no such {side}")));
+            return Err(Error::feature(
+                &more.name,
+                format!("the file declares no such {side}"),
+            ));
         }
     }
     Ok(())
@@ -112,9 +116,24 @@ mod tests {
             (2, shapes.clone(), vec![], Flexibility::Enumerated(shapes)),
             (2, vec![vec![1, 1]], vec![], Flexibility::Fixed),
             (3, vec![], vec![(1, 1), (4, 1)], Flexibility::Fixed),
-            (3, vec![], vec![(1, 1), (1, 512)], Flexibility::Ranges(vec![(1, Some(1)), (1, Some(512))])),
-            (3, vec![], vec![(1, isize::MAX as usize)], Flexibility::Ranges(vec![(1, None)])),
-            (3, vec![], vec![(2, usize::MAX)], Flexibility::Ranges(vec![(2, None)])),
+            (
+                3,
+                vec![],
+                vec![(1, 1), (1, 512)],
+                Flexibility::Ranges(vec![(1, Some(1)), (1, Some(512))]),
+            ),
+            (
+                3,
+                vec![],
+                vec![(1, isize::MAX as usize)],
+                Flexibility::Ranges(vec![(1, None)]),
+            ),
+            (
+                3,
+                vec![],
+                vec![(2, usize::MAX)],
+                Flexibility::Ranges(vec![(2, None)]),
+            ),
         ];
         for (kind, shapes, ranges, wanted) in rows {
             assert_eq!(flexibility(kind, shapes, &ranges), wanted);
@@ -132,7 +151,10 @@ mod tests {
         let read = function(vec![array("y", DType::Fp16, &[])]);
         let rows = [
             (vec![array("y", DType::Fp16, &[1, 4])], None),
-            (vec![array("z", DType::Fp16, &[1, 4])], Some(r#""y": Core ML has no such output"#)),
+            (
+                vec![array("z", DType::Fp16, &[1, 4])],
+                Some(r#""y": Core ML has no such output"#),
+            ),
             (vec![array("y", DType::Fp32, &[1, 4])], Some("the file declares")),
             (
                 vec![array("y", DType::Fp16, &[1]), array("z", DType::Fp16, &[1])],

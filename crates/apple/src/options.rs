@@ -40,10 +40,25 @@ type PartRow = (Part, &'static str, (u32, u32), (u32, u32));
 const PARTS: [PartRow; 7] = [
     (Part::Devices, "a list of compute devices", (14, 0), (17, 0)),
     (Part::ComputePlan, "a compute plan", (14, 4), (17, 4)),
-    (Part::OptimizationHints, "the reshape frequency hint", (14, 4), (17, 4)),
-    (Part::FunctionNames, "choosing one of a model's functions", (15, 0), (18, 0)),
+    (
+        Part::OptimizationHints,
+        "the reshape frequency hint",
+        (14, 4),
+        (17, 4),
+    ),
+    (
+        Part::FunctionNames,
+        "choosing one of a model's functions",
+        (15, 0),
+        (18, 0),
+    ),
     (Part::States, "a model with states", (15, 0), (18, 0)),
-    (Part::SpecializationStrategy, "the specialization strategy hint", (15, 0), (18, 0)),
+    (
+        Part::SpecializationStrategy,
+        "the specialization strategy hint",
+        (15, 0),
+        (18, 0),
+    ),
     (Part::Int8Arrays, "an int8 multi-array", (26, 0), (26, 0)),
 ];
 
@@ -186,11 +201,22 @@ mod tests {
     fn every_part_has_its_first_system_and_is_refused_just_before_it() {
         let first = |mac_version, ios, part| {
             for (on_mac, (major, minor)) in [(true, mac_version), (false, ios)] {
-                let at = OsVersion { mac: on_mac, major, minor };
+                let at = OsVersion {
+                    mac: on_mac,
+                    major,
+                    minor,
+                };
                 assert!(at.has(part), "{part:?} at {at}");
                 let before = match minor {
-                    0 => OsVersion { major: major - 1, minor: 9, ..at },
-                    _ => OsVersion { minor: minor - 1, ..at },
+                    0 => OsVersion {
+                        major: major - 1,
+                        minor: 9,
+                        ..at
+                    },
+                    _ => OsVersion {
+                        minor: minor - 1,
+                        ..at
+                    },
                 };
                 assert!(!before.has(part), "{part:?} at {before}");
             }
@@ -209,7 +235,10 @@ mod tests {
         ];
         assert!(parts.iter().all(|p| PARTS.iter().any(|row| row.0 == *p)));
         let words = mac(14, 7).check(Part::States).unwrap_err().to_string();
-        assert_eq!(words, "a model with states needs macOS 15.0 or iOS 18.0; this is macOS 14.7");
+        assert_eq!(
+            words,
+            "a model with states needs macOS 15.0 or iOS 18.0; this is macOS 14.7"
+        );
     }
 
     #[test]
@@ -238,7 +267,10 @@ mod tests {
         assert_eq!(settings.len(), 4);
         assert_eq!(settings[0], Setting::ComputeUnits(3));
         assert!(options.settings(mac(14, 4), 1).is_err(), "no strategy there");
-        let reshape_only = LoadOptions { specialization: None, ..options };
+        let reshape_only = LoadOptions {
+            specialization: None,
+            ..options
+        };
         assert!(reshape_only.settings(mac(14, 4), 1).is_ok());
         assert!(reshape_only.settings(mac(14, 3), 1).is_err());
     }

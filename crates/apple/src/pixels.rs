@@ -48,7 +48,9 @@ pub fn write_rows(picture: &Picture, row_bytes: usize, rows: &mut [u8]) -> Resul
     let lines = rows.chunks_mut(row_bytes).take(picture.height);
     let width = picture.width;
     match &picture.pixels {
-        Pixels::Gray(p) => lines.zip(p.chunks(width)).for_each(|(to, from)| to[..width].copy_from_slice(from)),
+        Pixels::Gray(p) => lines
+            .zip(p.chunks(width))
+            .for_each(|(to, from)| to[..width].copy_from_slice(from)),
         Pixels::GrayF16(p) => lines.zip(p.chunks(width)).for_each(|(to, from)| {
             to[..2 * width].copy_from_slice(bytemuck::cast_slice(from));
         }),
@@ -74,15 +76,22 @@ pub fn read_rows(
 ) -> Result<Picture, String> {
     check(width, height, format, row_bytes, rows.len())?;
     let line_bytes = width * format.bytes();
-    let lines = rows.chunks(row_bytes).take(height).map(|line| &line[..line_bytes]);
+    let lines = rows
+        .chunks(row_bytes)
+        .take(height)
+        .map(|line| &line[..line_bytes]);
     let pixels = match format {
         PixelFormat::Gray => Pixels::Gray(lines.flatten().copied().collect()),
         PixelFormat::GrayF16 => {
-            let halves = lines.flat_map(|l| l.chunks_exact(2)).map(|b| f16::from_ne_bytes([b[0], b[1]]));
+            let halves = lines
+                .flat_map(|l| l.chunks_exact(2))
+                .map(|b| f16::from_ne_bytes([b[0], b[1]]));
             Pixels::GrayF16(halves.collect())
         }
         PixelFormat::Bgra => {
-            let colours = lines.flat_map(|l| l.chunks_exact(4)).flat_map(|p| [p[2], p[1], p[0]]);
+            let colours = lines
+                .flat_map(|l| l.chunks_exact(4))
+                .flat_map(|p| [p[2], p[1], p[0]]);
             Pixels::Rgb(colours.collect())
         }
     };
@@ -93,9 +102,17 @@ pub fn read_rows(
     })
 }
 
-fn check(width: usize, height: usize, format: PixelFormat, row_bytes: usize, bytes: usize) -> Result<(), String> {
+fn check(
+    width: usize,
+    height: usize,
+    format: PixelFormat,
+    row_bytes: usize,
+    bytes: usize,
+) -> Result<(), String> {
     let line = width.checked_mul(format.bytes());
-    let needed = height.checked_sub(1).and_then(|h| h.checked_mul(row_bytes)?.checked_add(line?));
+    let needed = height
+        .checked_sub(1)
+        .and_then(|h| h.checked_mul(row_bytes)?.checked_add(line?));
     match (line, needed) {
         (Some(line), Some(needed)) if line > 0 && line <= row_bytes && needed <= bytes => Ok(()),
         _ => Err(format!(

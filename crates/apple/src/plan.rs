@@ -79,7 +79,9 @@ impl ComputePlan {
     pub fn summary(&self) -> Vec<DeviceShare> {
         let mut shares: Vec<DeviceShare> = Vec::new();
         for operation in &self.operations {
-            let Some(device) = operation.preferred else { continue };
+            let Some(device) = operation.preferred else {
+                continue;
+            };
             let at = shares.iter().position(|s| s.device == device).unwrap_or_else(|| {
                 shares.push(DeviceShare {
                     device,
@@ -101,14 +103,26 @@ impl fmt::Display for ComputePlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for operation in self.operations.iter().filter(|o| o.preferred.is_some()) {
             let device = operation.preferred.map_or("", ComputeDevice::short);
-            let cost = operation.cost.map_or(String::new(), |c| format!("{:.2}%", 100.0 * c));
+            let cost = operation
+                .cost
+                .map_or(String::new(), |c| format!("{:.2}%", 100.0 * c));
             let could: Vec<_> = operation.supported.iter().map(|d| d.short()).collect();
             let outputs = operation.outputs.join(", ");
             let (function, operator) = (&operation.function, &operation.operator);
-            writeln!(f, "{device:<14}{cost:>8}  {function}  {operator}  {outputs}  (could: {})", could.join(", "))?;
+            writeln!(
+                f,
+                "{device:<14}{cost:>8}  {function}  {operator}  {outputs}  (could: {})",
+                could.join(", ")
+            )?;
         }
         for share in self.summary() {
-            writeln!(f, "{}: {} operations, {:.1}% of the cost", share.device, share.operations, 100.0 * share.cost)?;
+            writeln!(
+                f,
+                "{}: {} operations, {:.1}% of the cost",
+                share.device,
+                share.operations,
+                100.0 * share.cost
+            )?;
         }
         Ok(())
     }
@@ -139,8 +153,14 @@ mod tests {
         };
         let text = plan.to_string();
         let lines: Vec<_> = text.lines().collect();
-        assert_eq!(lines[0], "CPU             12.50%  main  gather  gather_0  (could: CPU, CPU)");
-        assert_eq!(lines[3], "Neural Engine (16 cores): 2 operations, 87.5% of the cost");
+        assert_eq!(
+            lines[0],
+            "CPU             12.50%  main  gather  gather_0  (could: CPU, CPU)"
+        );
+        assert_eq!(
+            lines[3],
+            "Neural Engine (16 cores): 2 operations, 87.5% of the cost"
+        );
         assert_eq!(lines[4], "CPU: 1 operations, 12.5% of the cost");
         assert_eq!(lines.len(), 5);
     }

@@ -42,7 +42,9 @@ impl Key {
     /// True when inputs have this key; allocates nothing.
     pub fn matches<'a>(&self, inputs: impl ExactSizeIterator<Item = Candidate<'a>>) -> bool {
         let same = |((name, element, shape), input): (&(String, Element, Vec<usize>), Candidate<'_>)| {
-            let array = input.array.is_some_and(|(e, s, _)| e == *element && s == shape.as_slice());
+            let array = input
+                .array
+                .is_some_and(|(e, s, _)| e == *element && s == shape.as_slice());
             array && input.name == name
         };
         inputs.len() == self.0.len() && self.0.iter().zip(inputs).all(same)
@@ -96,7 +98,13 @@ mod tests {
             &[step[1], step[0]],
             &[step[0], input("mask", &[1, 1, 1, 513])],
             &[step[0], input("musk", &[1, 1, 1, 512])],
-            &[step[0], Candidate { name: "mask", array: None }],
+            &[
+                step[0],
+                Candidate {
+                    name: "mask",
+                    array: None,
+                },
+            ],
         ];
         for row in rows {
             assert!(!key.matches(row.iter().copied()), "{row:?}");
@@ -109,7 +117,10 @@ mod tests {
         let (fits, exceeds) = ([half], [half + 1]);
         assert!(Key::of([input("a", &fits), input("b", &fits)].into_iter()).is_some());
         assert!(Key::of([input("a", &fits), input("b", &exceeds)].into_iter()).is_none());
-        let text = Candidate { name: "text", array: None };
+        let text = Candidate {
+            name: "text",
+            array: None,
+        };
         assert!(Key::of([input("a", &fits), text].into_iter()).is_none());
     }
 
@@ -129,7 +140,10 @@ mod tests {
         let fixed = output(DType::Fp16, &[1, 8], Flexibility::Fixed);
         assert_eq!(backing(&fixed), Some((Element::F16, &[1, 8][..])));
         assert_eq!(backing(&output(DType::Fp16, &[], Flexibility::Fixed)), None);
-        assert_eq!(backing(&output(DType::Fp16, &[1], Flexibility::Ranges(vec![(1, None)]))), None);
+        assert_eq!(
+            backing(&output(DType::Fp16, &[1], Flexibility::Ranges(vec![(1, None)]))),
+            None
+        );
         assert_eq!(backing(&output(DType::Bool, &[1], Flexibility::Fixed)), None);
     }
 }

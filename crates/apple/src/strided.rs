@@ -65,9 +65,15 @@ impl Layout {
         let last = shape.iter().zip(strides).try_fold(0usize, |last, (&d, &s)| {
             last.checked_add(d.saturating_sub(1).checked_mul(s)?)
         });
-        let span = if count == 0 { Some(0) } else { last.and_then(|n| n.checked_add(1)) };
+        let span = if count == 0 {
+            Some(0)
+        } else {
+            last.and_then(|n| n.checked_add(1))
+        };
         // Elements have at most 8 bytes, and no buffer more than isize::MAX.
-        let span = span.filter(|&n| n <= isize::MAX as usize / 8).ok_or_else(too_large)?;
+        let span = span
+            .filter(|&n| n <= isize::MAX as usize / 8)
+            .ok_or_else(too_large)?;
         Ok(Layout {
             shape: shape.to_vec(),
             strides: strides.to_vec(),
@@ -252,7 +258,11 @@ mod tests {
         assert!(layout.gather(2, &[0; 14], &mut [0; 11]).is_err());
         assert!(layout.scatter(2, &packed, &mut [0; 13]).is_err());
         assert!(Layout::new(&[1], &[]).is_err());
-        for (shape, strides) in [([usize::MAX, 2], [1, 1]), ([2, 2], [usize::MAX, 1]), ([2, 2], [1 << 61, 1])] {
+        for (shape, strides) in [
+            ([usize::MAX, 2], [1, 1]),
+            ([2, 2], [usize::MAX, 1]),
+            ([2, 2], [1 << 61, 1]),
+        ] {
             assert!(Layout::new(&shape, &strides).is_err(), "{shape:?} {strides:?}");
         }
         assert_eq!(Layout::new(&[0, usize::MAX], &[usize::MAX, 1]).unwrap().span(), 0);
