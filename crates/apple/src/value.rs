@@ -2,6 +2,7 @@
 
 use crate::array::{Array, ArrayRef};
 use half::f16;
+use std::collections::BTreeMap;
 
 /// A picture, row-major without gaps.
 #[derive(Debug, Clone, PartialEq)]
@@ -46,9 +47,9 @@ pub enum Value<'a> {
     Int64(i64),
     Double(f64),
     /// String keys.
-    Strings(&'a [(String, f64)]),
+    Strings(&'a BTreeMap<String, f64>),
     /// Integer keys.
-    Integers(&'a [(i64, f64)]),
+    Integers(&'a BTreeMap<i64, f64>),
     StringSequence(&'a [String]),
     IntegerSequence(&'a [i64]),
 }
@@ -62,10 +63,10 @@ pub enum OwnedValue {
     String(String),
     Int64(i64),
     Double(f64),
-    /// String keys, sorted.
-    Strings(Vec<(String, f64)>),
-    /// Integer keys, sorted.
-    Integers(Vec<(i64, f64)>),
+    /// String keys.
+    Strings(BTreeMap<String, f64>),
+    /// Integer keys.
+    Integers(BTreeMap<i64, f64>),
     StringSequence(Vec<String>),
     IntegerSequence(Vec<i64>),
 }

@@ -9,6 +9,7 @@ use objc2::rc::Retained;
 use objc2::runtime::AnyObject;
 use objc2_core_ml::{MLFeatureType, MLFeatureValue, MLSequence};
 use objc2_foundation::{NSArray, NSDictionary, NSNumber, NSString};
+use std::collections::BTreeMap;
 
 /// A value that is no array, for Core ML; arrays are made by their own functions.
 pub(super) fn other(name: &str, value: Value<'_>) -> Result<Retained<MLFeatureValue>, Error> {
@@ -22,15 +23,15 @@ pub(super) fn other(name: &str, value: Value<'_>) -> Result<Retained<MLFeatureVa
         // SAFETY: A plain number.
         Value::Double(v) => unsafe { MLFeatureValue::featureValueWithDouble(v) },
         Value::Strings(pairs) => {
-            let keys: Vec<_> = pairs.iter().map(|(k, _)| string(k)).collect();
+            let keys: Vec<_> = pairs.keys().map(|k| string(k)).collect();
             let keys: Vec<&NSString> = keys.iter().map(|k| &**k).collect();
-            let counts: Vec<_> = pairs.iter().map(|(_, v)| NSNumber::new_f64(*v)).collect();
+            let counts: Vec<_> = pairs.values().map(|v| NSNumber::new_f64(*v)).collect();
             dictionary(name, NSDictionary::from_retained_objects(&keys, &counts))?
         }
         Value::Integers(pairs) => {
-            let keys: Vec<_> = pairs.iter().map(|(k, _)| NSNumber::new_i64(*k)).collect();
+            let keys: Vec<_> = pairs.keys().map(|k| NSNumber::new_i64(*k)).collect();
             let keys: Vec<&NSNumber> = keys.iter().map(|k| &**k).collect();
-            let counts: Vec<_> = pairs.iter().map(|(_, v)| NSNumber::new_f64(*v)).collect();
+            let counts: Vec<_> = pairs.values().map(|v| NSNumber::new_f64(*v)).collect();
             dictionary(name, NSDictionary::from_retained_objects(&keys, &counts))?
         }
         Value::StringSequence(texts) => {
@@ -118,31 +119,24 @@ pub(super) fn owned(name: &str, value: &MLFeatureValue) -> Result<OwnedValue, Er
     })
 }
 
-/// A dictionary by the type of its keys, sorted, since it has no order of its own. An empty one counts as one of strings.
+/// A dictionary by the type of its keys. An empty one counts as one of strings.
 fn pairs(name: &str, counts: &NSDictionary<AnyObject, NSNumber>) -> Result<OwnedValue, Error> {
     let (keys, values) = counts.to_vecs();
-    let (mut strings, mut integers) = (Vec::new(), Vec::new());
+    let (mut strings, mut integers) = (BTreeMap::new(), BTreeMap::new());
     for (key, value) in keys.iter().zip(&values) {
         if let Some(text) = key.downcast_ref::<NSString>() {
-            strings.push((text.to_string(), value.as_f64()));
+            strings.insert(text.to_string(), value.as_f64());
         } else if let Some(number) = key.downcast_ref::<NSNumber>() {
-            integers.push((number.as_i64(), value.as_f64()));
+            integers.insert(number.as_i64(), value.as_f64());
         } else {
-            return Err(Error::feature(
-                name,
-                "a key that is neither a string nor a number",
-            ));
+            return Err(Error::feature(name, "a key that is neither a string nor a number"));
         }
     }
-    if !integers.is_empty() && !strings.is_empty() {
-        return Err(Error::feature(name, "keys of two kinds"));
+    match (strings.is_empty(), integers.is_empty()) {
+        (_, true) => Ok(OwnedValue::Strings(strings)),
+        (true, false) => Ok(OwnedValue::Integers(integers)),
+        (false, false) => Err(Error::feature(name, "keys of two kinds")),
     }
-    if integers.is_empty() {
-        strings.sort_by(|a, b| a.0.cmp(&b.0));
-        return Ok(OwnedValue::Strings(strings));
-    }
-    integers.sort_by_key(|p| p.0);
-    Ok(OwnedValue::Integers(integers))
 }
 
 #[cfg(target_vendor = "apple")]
