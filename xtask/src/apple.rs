@@ -14,10 +14,21 @@ type Result<T> = std::result::Result<T, String>;
 const TARGET_PACKAGES: &[&str] = &["rustc-web", "cargo-web", "rust-web-src", "clang", "llvm"];
 
 /// Debian packages that the stand-in needs: Foundation, its runtime, blocks.
-const FAKE_PACKAGES: &[&str] = &["libgnustep-base-dev", "libobjc-12-dev", "libblocksruntime-dev", "clang"];
+const FAKE_PACKAGES: &[&str] = &[
+    "libgnustep-base-dev",
+    "libobjc-12-dev",
+    "libblocksruntime-dev",
+    "clang",
+];
 
 /// What is checked for each target. Crates that ship there; those that do not exist yet are left out by name.
-const SHIPPED: &[&str] = &["candle-coreml-apple", "candle-coreml", "candle-coreml-llm", "candle-coreml-cli", "candle-coreml-server"];
+const SHIPPED: &[&str] = &[
+    "candle-coreml-apple",
+    "candle-coreml",
+    "candle-coreml-llm",
+    "candle-coreml-cli",
+    "candle-coreml-server",
+];
 
 const TARGETS: &[&str] = &["aarch64-apple-darwin", "x86_64-apple-darwin", "aarch64-apple-ios"];
 
@@ -31,13 +42,19 @@ pub fn check(arguments: &[String]) -> Result<()> {
     let packages: Vec<&str> = SHIPPED.iter().copied().filter(|p| exists(p)).collect();
     let targets = if quick { &TARGETS[..1] } else { TARGETS };
     for target in targets {
-        timed(&format!("check {target}"), || cross("check", target, &packages, &[]))?;
+        timed(&format!("check {target}"), || {
+            cross("check", target, &packages, &[])
+        })?;
         if !quick {
-            timed(&format!("clippy {target}"), || cross("clippy", target, &packages, &["--", "-D", "warnings"]))?;
+            timed(&format!("clippy {target}"), || {
+                cross("clippy", target, &packages, &["--", "-D", "warnings"])
+            })?;
         }
     }
     if !quick {
-        timed("build aarch64-apple-darwin", || cross("build", TARGETS[0], &libraries(&packages), &[]))?;
+        timed("build aarch64-apple-darwin", || {
+            cross("build", TARGETS[0], &libraries(&packages), &[])
+        })?;
     }
     timed("stand-in", || fake(&[]))
 }
@@ -51,7 +68,7 @@ pub fn fake(arguments: &[String]) -> Result<()> {
         [] => cargo.args(["test", "--", "--test-threads=1"]),
         given => cargo.args(given),
     };
-    cargo.env("CARGO_TARGET_DIR", root().join("target/apple-fake"));
+    cargo.env("CARGO_TARGET_DIR", root().join("target"));
     // objc2's one C file, in the dialect of GCC's runtime.
     cargo.env("CC", "clang").env("CFLAGS", "-fobjc-runtime=gcc");
     run(&mut cargo)
@@ -62,18 +79,35 @@ pub fn report(arguments: &[String]) -> Result<()> {
     if !cfg!(target_vendor = "apple") {
         return Err("this runs on a Mac; elsewhere there is `cargo xtask apple-fake`".to_string());
     }
-    let model = arguments.first().ok_or("the model to run is missing: a .mlpackage, .mlmodel or .mlmodelc")?;
-    for (program, given) in [("sw_vers", &[][..]), ("sysctl", &["-n", "machdep.cpu.brand_string"][..]), ("rustc", &["-V"][..])] {
+    let model = arguments
+        .first()
+        .ok_or("the model to run is missing: a .mlpackage, .mlmodel or .mlmodelc")?;
+    for (program, given) in [
+        ("sw_vers", &[][..]),
+        ("sysctl", &["-n", "machdep.cpu.brand_string"][..]),
+        ("rustc", &["-V"][..]),
+    ] {
         run(Command::new(program).args(given))?;
     }
     let mut cargo = Command::new(env!("CARGO"));
     run(cargo.args(["test", "-p", "candle-coreml-apple", "-p", "candle-coreml"]))?;
     let mut cargo = Command::new(env!("CARGO"));
-    run(cargo.args(["run", "--release", "-p", "candle-coreml", "--example", "compare_engines", "--", model.as_str()]))
+    run(cargo.args([
+        "run",
+        "--release",
+        "-p",
+        "candle-coreml",
+        "--example",
+        "compare_engines",
+        "--",
+        model.as_str(),
+    ]))
 }
 
 fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap_or(Path::new("."))
 }
 
 fn exists(package: &str) -> bool {
@@ -83,7 +117,11 @@ fn exists(package: &str) -> bool {
 
 /// What can be built without a linker for Apple systems.
 fn libraries<'a>(packages: &[&'a str]) -> Vec<&'a str> {
-    packages.iter().copied().filter(|p| *p != "candle-coreml-cli").collect()
+    packages
+        .iter()
+        .copied()
+        .filter(|p| *p != "candle-coreml-cli")
+        .collect()
 }
 
 /// One cargo command for a target with the standard library built from source.
@@ -93,31 +131,43 @@ fn cross(command: &str, target: &str, packages: &[&str], more: &[&str]) -> Resul
     fs::create_dir_all(&sdk).map_err(|e| format!("{}: {e}", sdk.display()))?;
     // By full path: another cargo may come first, and the sources fit this compiler only.
     let mut cargo = Command::new("/usr/bin/cargo");
-    cargo.current_dir(root()).args([command, "-Zbuild-std=std", "--target", target]);
+    cargo
+        .current_dir(root())
+        .args([command, "-Zbuild-std=std", "--target", target]);
     for package in packages {
         cargo.args(["--package", package]);
     }
     cargo.args(more);
-    cargo.env("RUSTC", "/usr/bin/rustc").env("RUSTC_BOOTSTRAP", "1").env_remove("RUSTC_WRAPPER");
+    cargo
+        .env("RUSTC", "/usr/bin/rustc")
+        .env("RUSTC_BOOTSTRAP", "1")
+        .env_remove("RUSTC_WRAPPER");
     cargo.env("CARGO_TARGET_DIR", root().join("target/apple"));
     if command != "clippy" {
         cargo.env("RUSTFLAGS", "-D warnings");
     }
     // The C file of objc2 has no headers, so an empty SDK does; without the variable a Mac's tool is asked for one.
-    cargo.env("SDKROOT", sdk).env(format!("CC_{underscored}"), "clang").env(format!("AR_{underscored}"), "llvm-ar");
+    cargo
+        .env("SDKROOT", sdk)
+        .env(format!("CC_{underscored}"), "clang")
+        .env(format!("AR_{underscored}"), "llvm-ar");
     run(&mut cargo)
 }
 
 fn install(packages: &[&str]) -> Result<()> {
     let installed = |package: &&str| {
-        let status = Command::new("dpkg-query").args(["--show", "--showformat=${db:Status-Status}", package]).output();
+        let status = Command::new("dpkg-query")
+            .args(["--show", "--showformat=${db:Status-Status}", package])
+            .output();
         status.is_ok_and(|o| o.stdout == b"installed")
     };
     if packages.iter().all(|p| installed(p)) {
         return Ok(());
     }
     run(Command::new("apt-get").arg("update"))?;
-    run(Command::new("apt-get").args(["install", "--yes", "--no-install-recommends"]).args(packages))
+    run(Command::new("apt-get")
+        .args(["install", "--yes", "--no-install-recommends"])
+        .args(packages))
 }
 
 /// Copies of two crates of the bindings, changed so that they compile and link off Apple systems. Each edit must change
@@ -133,7 +183,11 @@ fn patch_bindings() -> Result<()> {
     let objc2 = copy_of("objc2", &target)?;
     let manifest = objc2.join("Cargo.toml");
     // GCC's runtime has no symbols for classes that the linker could find.
-    edit(&manifest, "gnustep-1-7 = [\n    \"unstable-static-class\",", "gnustep-1-7 = [")?;
+    edit(
+        &manifest,
+        "gnustep-1-7 = [\n    \"unstable-static-class\",",
+        "gnustep-1-7 = [",
+    )?;
     // The helper's C file is compiled for GCC's runtime instead.
     edit(&manifest, "    \"objc2-exception-helper?/gnustep-1-7\",\n", "")
 }
@@ -164,20 +218,33 @@ fn copy_of(package: &str, target: &Path) -> Result<PathBuf> {
 /// Where cargo keeps the sources of a package at the version of the workspace's lock file.
 fn source_of(package: &str) -> Result<PathBuf> {
     let mut cargo = Command::new(env!("CARGO"));
-    let fetched = cargo.current_dir(root()).args(["fetch", "--locked"]).output().map_err(|e| e.to_string())?;
+    let fetched = cargo
+        .current_dir(root())
+        .args(["fetch", "--locked"])
+        .output()
+        .map_err(|e| e.to_string())?;
     if !fetched.status.success() {
-        return Err(format!("cargo fetch: {}", String::from_utf8_lossy(&fetched.stderr)));
+        return Err(format!(
+            "cargo fetch: {}",
+            String::from_utf8_lossy(&fetched.stderr)
+        ));
     }
     let lock = root().join("Cargo.lock");
     let lock = fs::read_to_string(&lock).map_err(|e| format!("{}: {e}", lock.display()))?;
     let entry = format!("name = \"{package}\"\nversion = \"");
-    let version = lock.split_once(&entry).and_then(|(_, rest)| rest.split('"').next());
+    let version = lock
+        .split_once(&entry)
+        .and_then(|(_, rest)| rest.split('"').next());
     let version = version.ok_or_else(|| format!("{package} is not in Cargo.lock"))?;
     let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
     let home = home.or_else(|| std::env::var_os("HOME").map(|h| Path::new(&h).join(".cargo")));
-    let registry = home.ok_or("neither CARGO_HOME nor HOME is set")?.join("registry/src");
+    let registry = home
+        .ok_or("neither CARGO_HOME nor HOME is set")?
+        .join("registry/src");
     let indexes = fs::read_dir(&registry).map_err(|e| format!("{}: {e}", registry.display()))?;
-    let folders = indexes.flatten().map(|index| index.path().join(format!("{package}-{version}")));
+    let folders = indexes
+        .flatten()
+        .map(|index| index.path().join(format!("{package}-{version}")));
     let found = folders.into_iter().find(|f| f.is_dir());
     found.ok_or_else(|| format!("{package} {version} is not among {}", registry.display()))
 }

@@ -165,7 +165,10 @@ define_class!(
 impl FakeArray {
     fn place(&self) -> (NonNull<c_void>, usize) {
         let memory = self.ivars().memory.borrow();
-        (NonNull::new(memory.pointer.cast()).expect("memory is never null"), memory.bytes)
+        (
+            NonNull::new(memory.pointer.cast()).expect("memory is never null"),
+            memory.bytes,
+        )
     }
 
     /// Moves the elements to memory with padded rows.
@@ -174,8 +177,15 @@ impl FakeArray {
         if !Behaviour::RebasedBuffers.is_on() || memory.own.is_none() {
             return;
         }
-        let (packed, shape) = (pack(&mut memory, self.ivars().element), memory.layout.shape().to_vec());
-        *memory = Memory::new(&shape, &padded(&shape, self.ivars().element), self.ivars().element);
+        let (packed, shape) = (
+            pack(&mut memory, self.ivars().element),
+            memory.layout.shape().to_vec(),
+        );
+        *memory = Memory::new(
+            &shape,
+            &padded(&shape, self.ivars().element),
+            self.ivars().element,
+        );
         unpack(&mut memory, self.ivars().element, &packed);
     }
 
@@ -198,12 +208,20 @@ impl FakeArray {
     }
 
     pub fn fill(&self, packed: &[u8]) {
-        unpack(&mut self.ivars().memory.borrow_mut(), self.ivars().element, packed);
+        unpack(
+            &mut self.ivars().memory.borrow_mut(),
+            self.ivars().element,
+            packed,
+        );
     }
 
     /// An output: padded where that is played.
     pub fn output(element: Element, shape: &[usize]) -> Retained<MLMultiArray> {
-        let strides = if Behaviour::PaddedOutputs.is_on() { padded(shape, element) } else { packed_strides(shape) };
+        let strides = if Behaviour::PaddedOutputs.is_on() {
+            padded(shape, element)
+        } else {
+            packed_strides(shape)
+        };
         let this = FakeArray::alloc().set_ivars(Ivars {
             memory: RefCell::new(Memory::new(shape, &strides, element)),
             element,
@@ -220,11 +238,15 @@ impl FakeArray {
 fn pack(memory: &mut Memory, element: Element) -> Vec<u8> {
     let layout = memory.layout.clone();
     let mut packed = vec![0; layout.count() * element.bytes()];
-    layout.gather(element.bytes(), memory.slice(), &mut packed).expect("the memory has the layout's size");
+    layout
+        .gather(element.bytes(), memory.slice(), &mut packed)
+        .expect("the memory has the layout's size");
     packed
 }
 
 fn unpack(memory: &mut Memory, element: Element, packed: &[u8]) {
     let layout = memory.layout.clone();
-    layout.scatter(element.bytes(), packed, memory.slice()).expect("as many elements as the shape has");
+    layout
+        .scatter(element.bytes(), packed, memory.slice())
+        .expect("as many elements as the shape has");
 }

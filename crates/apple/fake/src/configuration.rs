@@ -115,6 +115,10 @@ impl FakeOptions {
     pub fn backing(options: &MLPredictionOptions, name: &NSString) -> Option<Retained<AnyObject>> {
         // SAFETY: The only class of that name is the one defined here.
         let this = unsafe { &*std::ptr::from_ref(options).cast::<FakeOptions>() };
-        this.ivars().0.borrow().as_ref().and_then(|b| b.objectForKey(name))
+        this.ivars()
+            .0
+            .borrow()
+            .as_ref()
+            .and_then(|b| b.objectForKey(name))
     }
 }

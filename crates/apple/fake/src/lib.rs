@@ -99,10 +99,31 @@ pub fn compilations() -> usize {
 /// Registers the classes; to be called before anything else.
 pub fn install() {
     shim::keep();
-    let _ = (array::FakeArray::class(), value::FakeValue::class(), provider::FakeProvider::class());
-    let _ = (provider::FakeBatch::class(), configuration::FakeConfiguration::class());
-    let _ = (configuration::FakeOptions::class(), configuration::FakeHints::class(), state::FakeState::class());
-    let _ = (model::FakeModel::class(), model::FakeAsset::class(), description::FakeDescription::class());
-    let _ = (description::FakeFeature::class(), description::FakeConstraint::class());
-    let _ = (description::FakeShapes::class(), description::FakeStateConstraint::class());
+    let _ = (
+        array::FakeArray::class(),
+        value::FakeValue::class(),
+        provider::FakeProvider::class(),
+    );
+    let _ = (
+        provider::FakeBatch::class(),
+        configuration::FakeConfiguration::class(),
+    );
+    let _ = (
+        configuration::FakeOptions::class(),
+        configuration::FakeHints::class(),
+        state::FakeState::class(),
+    );
+    let _ = (
+        model::FakeModel::class(),
+        model::FakeAsset::class(),
+        description::FakeDescription::class(),
+    );
+    let _ = (
+        description::FakeFeature::class(),
+        description::FakeConstraint::class(),
+    );
+    let _ = (
+        description::FakeShapes::class(),
+        description::FakeStateConstraint::class(),
+    );
 }

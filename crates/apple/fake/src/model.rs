@@ -15,8 +15,8 @@ use objc2::rc::{Allocated, Retained};
 use objc2::runtime::{AnyObject, NSObject, ProtocolObject};
 use objc2::{AnyThread, DefinedClass, define_class, msg_send};
 use objc2_core_ml::{
-    MLArrayBatchProvider, MLBatchProvider, MLDictionaryFeatureProvider, MLFeatureProvider, MLModelConfiguration,
-    MLModelDescription, MLMultiArray, MLPredictionOptions, MLState,
+    MLArrayBatchProvider, MLBatchProvider, MLDictionaryFeatureProvider, MLFeatureProvider,
+    MLModelConfiguration, MLModelDescription, MLMultiArray, MLPredictionOptions, MLState,
 };
 use objc2_foundation::{NSArray, NSDictionary, NSError, NSException, NSString, NSURL};
 use std::path::{Path, PathBuf};
@@ -49,8 +49,11 @@ fn refuse<T>(code: isize, place: *mut *mut NSError) -> Option<T> {
 }
 
 /// Calls a completion handler here or on another thread.
-fn complete<T: 'static>(handler: &DynBlock<dyn Fn(*mut T, *mut NSError)>, result: Option<Retained<T>>, code: Option<isize>)
-where
+fn complete<T: 'static>(
+    handler: &DynBlock<dyn Fn(*mut T, *mut NSError)>,
+    result: Option<Retained<T>>,
+    code: Option<isize>,
+) where
     T: objc2::Message,
 {
     struct Crossing<T>(RcBlock<dyn Fn(*mut T, *mut NSError)>, Option<Retained<T>>);
@@ -59,8 +62,13 @@ where
     impl<T> Crossing<T> {
         fn call(self, code: Option<isize>) {
             let error = code.map(error);
-            let object = self.1.as_ref().map_or(std::ptr::null_mut(), |o| Retained::as_ptr(o).cast_mut());
-            let error = error.as_ref().map_or(std::ptr::null_mut(), |e| Retained::as_ptr(e).cast_mut());
+            let object = self
+                .1
+                .as_ref()
+                .map_or(std::ptr::null_mut(), |o| Retained::as_ptr(o).cast_mut());
+            let error = error
+                .as_ref()
+                .map_or(std::ptr::null_mut(), |e| Retained::as_ptr(e).cast_mut());
             self.0.call((object, error));
         }
     }
@@ -156,7 +164,12 @@ fn open(url: &NSURL, function: Option<String>) -> Option<Ivars> {
     let file = Arc::new(Model::open(url.to_file_path()?).ok()?);
     let default = Some(file.description().default_function.clone()).filter(|d| !d.is_empty());
     let name = function.or(default).unwrap_or_else(|| "main".to_string());
-    let function = file.description().functions.iter().find(|f| f.name == name)?.clone();
+    let function = file
+        .description()
+        .functions
+        .iter()
+        .find(|f| f.name == name)?
+        .clone();
     let model = portable::Model::load(file, Some(&name), portable::Options::default()).ok()?;
     Some(Ivars {
         model,
@@ -207,7 +220,11 @@ impl FakeModel {
             return Err(Some(0));
         }
         if Behaviour::KeepsInputs.is_on() {
-            self.ivars().kept.lock().map_err(|_| None)?.push(objc2::Message::retain(inputs));
+            self.ivars()
+                .kept
+                .lock()
+                .map_err(|_| None)?
+                .push(objc2::Message::retain(inputs));
         }
         if Behaviour::Idle.is_on() {
             return self.idle(options).map(Some);
@@ -216,7 +233,9 @@ impl FakeModel {
         for feature in &self.ivars().function.inputs {
             let name = NSString::from_str(&feature.name);
             // SAFETY: A plain getter.
-            let Some(value) = (unsafe { inputs.featureValueForName(&name) }) else { continue };
+            let Some(value) = (unsafe { inputs.featureValueForName(&name) }) else {
+                continue;
+            };
             // SAFETY: A plain getter.
             let value = unsafe { value.multiArrayValue() }.ok_or(Some(1))?;
             let (shape, data) = array(&value);
@@ -224,10 +243,22 @@ impl FakeModel {
         }
         let borrowed: Vec<_> = given
             .iter()
-            .map(|(name, shape, data)| (*name, portable::Array { shape, data: data.borrowed() }))
+            .map(|(name, shape, data)| {
+                (
+                    *name,
+                    portable::Array {
+                        shape,
+                        data: data.borrowed(),
+                    },
+                )
+            })
             .collect();
         let mut state = state.map(|s| FakeState::of(s).borrow_mut());
-        let outputs = self.ivars().model.predict(&borrowed, state.as_deref_mut()).map_err(|_| Some(0))?;
+        let outputs = self
+            .ivars()
+            .model
+            .predict(&borrowed, state.as_deref_mut())
+            .map_err(|_| Some(0))?;
         self.give(outputs, options).map(Some)
     }
 
@@ -238,9 +269,16 @@ impl FakeModel {
     ) -> Result<Retained<MLDictionaryFeatureProvider>, Option<isize>> {
         let mut values = Vec::new();
         for feature in &self.ivars().function.outputs {
-            let output = outputs.iter().find(|(n, _)| *n == feature.name).ok_or(Some(0))?.1.clone();
+            let output = outputs
+                .iter()
+                .find(|(n, _)| *n == feature.name)
+                .ok_or(Some(0))?
+                .1
+                .clone();
             let element = match (&feature.ty, &output.data) {
-                (candle_coreml_mil::FeatureType::MultiArray(a), _) => reuse::element(a.dtype).ok_or(Some(1))?,
+                (candle_coreml_mil::FeatureType::MultiArray(a), _) => {
+                    reuse::element(a.dtype).ok_or(Some(1))?
+                }
                 (_, portable::Buffer::I32(_)) => Element::I32,
                 _ => Element::F32,
             };
@@ -268,17 +306,27 @@ impl FakeModel {
                 // SAFETY: Backings of multi-arrays are multi-arrays.
                 let array: Retained<MLMultiArray> = unsafe { Retained::cast_unchecked(backing) };
                 let fake = FakeArray::of(&array);
-                assert_eq!((fake.element(), fake.dims()), (element, shape.to_vec()), "a backing fits its output");
+                assert_eq!(
+                    (fake.element(), fake.dims()),
+                    (element, shape.to_vec()),
+                    "a backing fits its output"
+                );
                 array
             }
             _ => FakeArray::output(element, shape),
         }
     }
 
-    fn idle(&self, options: Option<&MLPredictionOptions>) -> Result<Retained<MLDictionaryFeatureProvider>, Option<isize>> {
+    fn idle(
+        &self,
+        options: Option<&MLPredictionOptions>,
+    ) -> Result<Retained<MLDictionaryFeatureProvider>, Option<isize>> {
         let outputs = self.ivars().function.outputs.iter().map(|feature| {
             let (element, shape) = reuse::backing(feature).ok_or(Some(0))?;
-            Ok((feature.name.as_str(), self.target(options, &feature.name, element, shape)))
+            Ok((
+                feature.name.as_str(),
+                self.target(options, &feature.name, element, shape),
+            ))
         });
         outputs.collect::<Result<Vec<_>, _>>().map(provider)
     }
@@ -287,8 +335,10 @@ impl FakeModel {
 fn provider(values: Vec<(&str, Retained<MLMultiArray>)>) -> Retained<MLDictionaryFeatureProvider> {
     let names: Vec<_> = values.iter().map(|(n, _)| NSString::from_str(n)).collect();
     let names: Vec<&NSString> = names.iter().map(|n| &**n).collect();
-    let values: Vec<Retained<AnyObject>> =
-        values.into_iter().map(|(_, array)| FakeValue::made(Held::Array(array)).into()).collect();
+    let values: Vec<Retained<AnyObject>> = values
+        .into_iter()
+        .map(|(_, array)| FakeValue::made(Held::Array(array)).into())
+        .collect();
     let values = NSDictionary::from_retained_objects(&names, &values);
     // SAFETY: Keys are strings, values are feature values.
     let made = unsafe {
@@ -319,7 +369,12 @@ pub fn array(array: &MLMultiArray) -> (Vec<usize>, Elements) {
     let fake = FakeArray::of(array);
     let bytes = fake.packed();
     let elements = match fake.element() {
-        Element::F16 => Elements::F16(bytes.chunks_exact(2).map(|b| f16::from_ne_bytes([b[0], b[1]])).collect()),
+        Element::F16 => Elements::F16(
+            bytes
+                .chunks_exact(2)
+                .map(|b| f16::from_ne_bytes([b[0], b[1]]))
+                .collect(),
+        ),
         Element::F32 => Elements::F32(chunks(&bytes, f32::from_ne_bytes)),
         Element::F64 => Elements::F32(chunks(&bytes, |b| f64::from_ne_bytes(b) as f32)),
         Element::I32 => Elements::I32(chunks(&bytes, i32::from_ne_bytes)),
@@ -380,4 +435,3 @@ define_class!(
         }
     }
 );
-

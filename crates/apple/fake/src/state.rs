@@ -51,6 +51,8 @@ impl FakeState {
 
     pub fn of(state: &MLState) -> &RefCell<portable::State> {
         // SAFETY: The only class of that name is the one defined here.
-        &unsafe { &*std::ptr::from_ref(state).cast::<FakeState>() }.ivars().0
+        &unsafe { &*std::ptr::from_ref(state).cast::<FakeState>() }
+            .ivars()
+            .0
     }
 }

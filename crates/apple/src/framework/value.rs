@@ -129,7 +129,10 @@ fn pairs(name: &str, counts: &NSDictionary<AnyObject, NSNumber>) -> Result<Owned
         } else if let Some(number) = key.downcast_ref::<NSNumber>() {
             integers.insert(number.as_i64(), value.as_f64());
         } else {
-            return Err(Error::feature(name, "a key that is neither a string nor a number"));
+            return Err(Error::feature(
+                name,
+                "a key that is neither a string nor a number",
+            ));
         }
     }
     match (strings.is_empty(), integers.is_empty()) {

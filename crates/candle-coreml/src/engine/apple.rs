@@ -44,7 +44,12 @@ pub(super) fn open(origin: &Origin, options: &Options) -> Result<Arc<dyn Engine>
         });
     }
     let default = Some(description.default_function.as_str()).filter(|d| !d.is_empty());
-    let name = options.function.as_deref().or(default).unwrap_or("main").to_string();
+    let name = options
+        .function
+        .as_deref()
+        .or(default)
+        .unwrap_or("main")
+        .to_string();
     find_function(&description, &name)?;
     let compiled = framework::compiled(path, &framework::default_cache_folder()).map_err(failed)?;
     let options = apple::LoadOptions {
