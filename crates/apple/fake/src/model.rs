@@ -101,10 +101,10 @@ define_class!(
         #[unsafe(method(compileModelAtURL:completionHandler:))]
         fn compile(url: &NSURL, handler: &DynBlock<dyn Fn(*mut NSURL, *mut NSError)>) {
             COMPILATIONS.fetch_add(1, Ordering::SeqCst);
-            let compiled = url.to_file_path().and_then(|p| compile(&p));
+            let compiled = url.path().map(|p| PathBuf::from(p.to_string())).and_then(|p| compile(&p));
             match compiled {
                 _ if Behaviour::CompileSilent.is_on() => complete(handler, None, None),
-                Some(path) if !Behaviour::CompileFails.is_on() => complete(handler, NSURL::from_directory_path(path), None),
+                Some(path) if !Behaviour::CompileFails.is_on() => complete(handler, path.to_str().map(|p| NSURL::fileURLWithPath_isDirectory(&NSString::from_str(p), true)), None),
                 _ => complete(handler, None, Some(0)),
             }
         }
@@ -161,7 +161,7 @@ define_class!(
 );
 
 fn open(url: &NSURL, function: Option<String>) -> Option<Ivars> {
-    let file = Arc::new(Model::open(url.to_file_path()?).ok()?);
+    let file = Arc::new(Model::open(url.path().map(|p| PathBuf::from(p.to_string()))?).ok()?);
     let default = Some(file.description().default_function.clone()).filter(|d| !d.is_empty());
     let name = function.or(default).unwrap_or_else(|| "main".to_string());
     let function = file
@@ -417,7 +417,7 @@ define_class!(
     impl FakeAsset {
         #[unsafe(method_id(modelAssetWithURL:error:))]
         fn open(url: &NSURL, place: *mut *mut NSError) -> Option<Retained<Self>> {
-            let Some(path) = url.to_file_path().filter(|p| p.exists()) else {
+            let Some(path) = url.path().map(|p| PathBuf::from(p.to_string())).filter(|p| p.exists()) else {
                 return refuse(3, place);
             };
             let this = FakeAsset::alloc().set_ivars((path, Live::new()));

@@ -93,9 +93,9 @@ pub(super) fn read(name: &str, array: &MLMultiArray) -> Result<Array, Error> {
     let element = Element::from_code(code)
         .ok_or_else(|| Error::feature(name, format!("element type {code:#x} is unknown")))?;
     // SAFETY: A plain getter.
-    let shape = sizes(&unsafe { array.shape() });
+    let shape = sizes(&*unsafe { array.shape() });
     // SAFETY: A plain getter.
-    let strides = sizes(&unsafe { array.strides() });
+    let strides = sizes(&*unsafe { array.strides() });
     let layout = layout(shape, strides).map_err(|e| Error::feature(name, e))?;
     let data = RefCell::new(Buffer::zeros(element, layout.count()));
     let done: Cell<Option<Result<(), Error>>> = Cell::new(None);

@@ -64,11 +64,8 @@ pub(super) fn string(text: &str) -> Retained<NSString> {
 
 /// The place of a file or folder.
 pub(super) fn url(path: &Path) -> Result<Retained<NSURL>, Error> {
-    let url = if path.is_dir() {
-        NSURL::from_directory_path(path)
-    } else {
-        NSURL::from_file_path(path)
-    };
+    let text = path.to_str();
+    let url = text.map(|t| NSURL::fileURLWithPath_isDirectory(&string(t), path.is_dir()));
     url.ok_or_else(|| Error::NotAModel {
         path: path.display().to_string(),
         problem: "no path that Foundation takes".to_string(),

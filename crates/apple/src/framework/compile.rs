@@ -55,10 +55,13 @@ pub fn compile(source: &Path) -> Result<PathBuf, Error> {
         unsafe { MLModel::compileModelAtURL_completionHandler(&url, &handler) };
         drop(handler);
         let compiled = question.answer(&what, core_ml(&what))?;
-        compiled.to_file_path().ok_or_else(|| Error::Silent {
-            what: what.clone(),
-            problem: "Core ML gave no path on disk".to_string(),
-        })
+        compiled
+            .path()
+            .map(|p| PathBuf::from(p.to_string()))
+            .ok_or_else(|| Error::Silent {
+                what: what.clone(),
+                problem: "Core ML gave no path on disk".to_string(),
+            })
     })
 }
 

@@ -23,16 +23,16 @@ pub(super) fn function(model: &MLModel, name: &str, system: OsVersion) -> Result
     let description = unsafe { model.modelDescription() };
     let states = if system.has(Part::States) {
         // SAFETY: The system has the getter.
-        features(&unsafe { description.stateDescriptionsByName() })?
+        features(&*unsafe { description.stateDescriptionsByName() })?
     } else {
         Vec::new()
     };
     Ok(FunctionDescription {
         name: name.to_string(),
         // SAFETY: A plain getter.
-        inputs: features(&unsafe { description.inputDescriptionsByName() })?,
+        inputs: features(&*unsafe { description.inputDescriptionsByName() })?,
         // SAFETY: A plain getter.
-        outputs: features(&unsafe { description.outputDescriptionsByName() })?,
+        outputs: features(&*unsafe { description.outputDescriptionsByName() })?,
         states,
     })
 }
@@ -101,7 +101,7 @@ fn kind(name: &str, description: &MLFeatureDescription) -> Result<FeatureType, E
 
 fn array(name: &str, constraint: &MLMultiArrayConstraint) -> Result<ArrayDescription, Error> {
     // SAFETY: A plain getter.
-    let shape = sizes(&unsafe { constraint.shape() });
+    let shape = sizes(&*unsafe { constraint.shape() });
     // SAFETY: A plain getter.
     let allowed = unsafe { constraint.shapeConstraint() };
     // SAFETY: A plain getter.
@@ -124,7 +124,7 @@ fn array(name: &str, constraint: &MLMultiArrayConstraint) -> Result<ArrayDescrip
 
 fn state(name: &str, constraint: &MLStateConstraint) -> Result<ArrayDescription, Error> {
     // SAFETY: A plain getter.
-    let shape = sizes(&unsafe { constraint.bufferShape() });
+    let shape = sizes(&*unsafe { constraint.bufferShape() });
     // SAFETY: A plain getter.
     described(name, unsafe { constraint.dataType() }, shape, Flexibility::Fixed)
 }

@@ -49,7 +49,7 @@ pub fn compute_plan(
         // SAFETY: A plain getter.
         structure(
             &plan,
-            &unsafe { plan.modelStructure() },
+            &*unsafe { plan.modelStructure() },
             "main",
             0,
             &mut operations,
@@ -74,7 +74,13 @@ fn structure(
         let (names, functions) = unsafe { program.functions() }.to_vecs();
         for (name, function) in names.iter().zip(&functions) {
             // SAFETY: A plain getter.
-            block(plan, &unsafe { function.block() }, &name.to_string(), depth, into);
+            block(
+                plan,
+                &*unsafe { function.block() },
+                &name.to_string(),
+                depth,
+                into,
+            );
         }
     }
     // SAFETY: A plain getter.
@@ -136,7 +142,7 @@ fn one(
     // SAFETY: A plain getter.
     planned(
         function,
-        &unsafe { operation.operatorName() },
+        &*unsafe { operation.operatorName() },
         outputs,
         usage,
         cost,
@@ -157,7 +163,7 @@ fn planned(
         // SAFETY: A plain getter.
         preferred: usage
             .as_ref()
-            .map(|u| device(&unsafe { u.preferredComputeDevice() })),
+            .map(|u| device(&*unsafe { u.preferredComputeDevice() })),
         supported: usage.map_or(Vec::new(), |u| {
             // SAFETY: A plain getter.
             unsafe { u.supportedComputeDevices() }

@@ -95,7 +95,7 @@ pub(super) fn owned(name: &str, value: &MLFeatureValue) -> Result<OwnedValue, Er
         }
         MLFeatureType::Image => OwnedValue::Picture(picture(name, value)?),
         // SAFETY: The getter of the value's kind.
-        MLFeatureType::Dictionary => pairs(name, &unsafe { value.dictionaryValue() })?,
+        MLFeatureType::Dictionary => pairs(name, &*unsafe { value.dictionaryValue() })?,
         MLFeatureType::Sequence => {
             // SAFETY: The getter of the value's kind.
             let sequence = unsafe { value.sequenceValue() }.ok_or_else(empty)?;

@@ -14,25 +14,25 @@ const PATIENCE: Duration = Duration::from_secs(60 * 60);
 type Given<T> = Result<Retained<T>, Option<Retained<NSError>>>;
 
 /// An answer on its way from the handler's thread to the one that waits.
-struct Crossing<T: ?Sized>(Given<T>);
+struct Crossing<T>(Given<T>);
 
 // SAFETY: The handler gives its only reference away and the waiting thread alone uses it, after the handler sent it;
 // reference counts are atomic. Only immutable results of Core ML and Foundation go this way.
-unsafe impl<T: ?Sized> Send for Crossing<T> {}
+unsafe impl<T> Send for Crossing<T> {}
 
 /// Where a completion handler puts its answer.
-pub(super) struct Answer<T: ?Sized>(SyncSender<Crossing<T>>);
+pub(super) struct Answer<T>(SyncSender<Crossing<T>>);
 
 /// Where the answer is waited for.
-pub(super) struct Question<T: ?Sized>(Receiver<Crossing<T>>);
+pub(super) struct Question<T>(Receiver<Crossing<T>>);
 
-pub(super) fn question<T: ?Sized>() -> (Answer<T>, Question<T>) {
+pub(super) fn question<T>() -> (Answer<T>, Question<T>) {
     // Room for one, so that the handler never waits, even when nobody does any more.
     let (sender, receiver) = sync_channel(1);
     (Answer(sender), Question(receiver))
 }
 
-impl<T: ?Sized + Message> Answer<T> {
+impl<T: Message> Answer<T> {
     /// Takes what the handler was given. A second call is ignored.
     ///
     /// # Safety
@@ -47,7 +47,7 @@ impl<T: ?Sized + Message> Answer<T> {
     }
 }
 
-impl<T: ?Sized> Question<T> {
+impl<T> Question<T> {
     /// Waits for the handler; `describe` makes an error of what it was given.
     pub(super) fn answer(
         self,
