@@ -161,7 +161,7 @@ fn install(packages: &[&str]) -> Result<()> {
             .output();
         status.is_ok_and(|o| o.stdout == b"installed")
     };
-    if packages.iter().all(|p| installed(p)) {
+    if packages.iter().all(installed) {
         return Ok(());
     }
     run(Command::new("apt-get").arg("update"))?;

@@ -1,9 +1,9 @@
-//! CoreML.framework for candle-coreml, thin: the calls are in [`framework`], every decision about them in the modules
+//! CoreML.framework for candle-coreml, thin: the calls are in `framework`, every decision about them in the modules
 //! beside it, which compile and are tested on every system.
 //!
 //! | module | decides |
 //! |---|---|
-//! | [`array`], [`strided`] | element types, and how elements get into and out of buffers with gaps |
+//! | [`mod@array`], [`strided`] | element types, and how elements get into and out of buffers with gaps |
 //! | [`cache`] | where a compiled model is kept, and when it may be used again |
 //! | [`options`] | which settings a model is loaded with, and which system each of them needs |
 //! | [`describe`] | the description of a model from what Core ML says about it |
@@ -15,7 +15,7 @@ pub mod array;
 pub mod cache;
 pub mod describe;
 mod error;
-#[cfg(any(target_vendor = "apple", feature = "gnustep"))]
+#[cfg(any(all(target_vendor = "apple", feature = "framework"), feature = "gnustep"))]
 pub mod framework;
 pub mod options;
 pub mod pixels;

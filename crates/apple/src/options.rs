@@ -248,7 +248,10 @@ mod tests {
             ..LoadOptions::default()
         };
         let units = Setting::ComputeUnits(2);
-        assert_eq!(options.settings(mac(13, 0), 1).unwrap(), [units.clone()]);
+        assert_eq!(
+            options.settings(mac(13, 0), 1).unwrap(),
+            std::slice::from_ref(&units)
+        );
         assert!(options.settings(mac(14, 9), 2).is_err());
         let both = options.settings(mac(15, 0), 2).unwrap();
         assert_eq!(both, [units, Setting::Function("main".into())]);
