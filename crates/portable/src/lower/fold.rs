@@ -68,8 +68,16 @@ pub fn evaluate(
         pool,
         scratch: &mut scratch,
     };
-    for (d, l) in &data {
+    let updated = op.updates();
+    if let Some((data, _)) = updated.and_then(|i| data.get(i)) {
+        match data {
+            Data::F32(v) => floats[0].copy_from_slice(v),
+            Data::I32(v) => ints[0].copy_from_slice(v),
+        }
+    }
+    for (i, (d, l)) in data.iter().enumerate() {
         args.inputs.push(match d {
+            _ if updated == Some(i) => In::Result,
             Data::F32(v) => In::F32(view(v, l)?),
             Data::I32(v) => In::I32(view(v, l)?),
         });

@@ -1,12 +1,16 @@
 //! The registry: one module a family of operators, one row an operator.
 
 pub mod activation;
+pub mod blocks;
+pub mod classify;
 pub mod constexpr;
 pub mod control_flow;
 pub mod conv;
 pub mod elementwise_binary;
 pub mod elementwise_unary;
 pub mod linear;
+pub mod lists;
+pub mod non_zero;
 pub mod normalization;
 pub mod recurrent;
 pub mod reduction;
@@ -25,12 +29,16 @@ use std::sync::OnceLock;
 /// Every family's list.
 pub const FAMILIES: &[&[&OpSpec]] = &[
     activation::OPS,
+    blocks::OPS,
+    classify::OPS,
     constexpr::OPS,
     control_flow::OPS,
     conv::OPS,
     elementwise_binary::OPS,
     elementwise_unary::OPS,
     linear::OPS,
+    lists::OPS,
+    non_zero::OPS,
     normalization::OPS,
     recurrent::OPS,
     reduction::OPS,
