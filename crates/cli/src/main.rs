@@ -1,3 +1,45 @@
 //! The `candle-coreml` command.
 
-fn main() {}
+mod args;
+mod bench;
+mod chat;
+mod demo;
+mod failure;
+mod generate;
+mod inspect;
+mod interrupt;
+mod model_facts;
+mod npy;
+mod ops;
+mod predict;
+mod terminal;
+
+use std::process::ExitCode;
+
+use args::{Cli, Command};
+use clap::Parser;
+use failure::Outcome;
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Command::Inspect { model, json } => inspect::run(&model, json),
+        Command::Ops { model, json } => ops::run(&model, json),
+        Command::Predict(args) => predict::run(&args),
+        Command::Generate(args) => generate::run(&args),
+        Command::Chat(args) => chat::run(&args),
+        Command::Bench(args) => bench::run(&args),
+    };
+    finish(outcome)
+}
+
+fn finish(outcome: Outcome) -> ExitCode {
+    match outcome {
+        Ok(code) => ExitCode::from(code),
+        // Whoever read the output has enough of it.
+        Err(failure) if failure.is_broken_pipe() => ExitCode::SUCCESS,
+        Err(failure) => {
+            terminal::error(failure.message());
+            ExitCode::from(failure.code())
+        }
+    }
+}

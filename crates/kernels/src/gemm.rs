@@ -171,6 +171,7 @@ impl Kernel for Block<'_> {
 /// `R` rows of `panel.len() / (2 * LANES)` elements lie at `first`, `stride` apart; `R` lines of `2 * LANES` are
 /// writable at `c`, `line` apart.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)] // the innermost kernel; each of them is a register
 unsafe fn tile<S: Simd, const R: usize>(
     s: S,
     panel: &[f32],
@@ -184,17 +185,19 @@ unsafe fn tile<S: Simd, const R: usize>(
     let depth = panel.len() / width;
     let mut sums = [[s.zero(); 2]; R];
     let rows: [*const f32; R] = std::array::from_fn(|r| first.wrapping_offset(r as isize * stride));
-    let mut at = panel.as_ptr();
-    for k in 0..depth {
-        // SAFETY: step `k` of the panel, whose length was divided into steps.
-        let (x0, x1) = unsafe { (s.load(at), s.load(at.add(S::LANES))) };
-        at = at.wrapping_add(width);
-        for r in 0..R {
-            // SAFETY: element `k` of row `r`.
-            let w = s.splat(unsafe { *rows[r].add(k) });
-            sums[r][0] = s.fma(w, x0, sums[r][0]);
-            sums[r][1] = s.fma(w, x1, sums[r][1]);
+    let at = panel.as_ptr();
+    let mut k = 0;
+    while k + 4 <= depth {
+        for step in 0..4 {
+            // SAFETY: step `k + step` is below the depth.
+            unsafe { tile_step(s, at.add((k + step) * width), &rows, k + step, &mut sums) };
         }
+        k += 4;
+    }
+    while k < depth {
+        // SAFETY: step `k` is below the depth.
+        unsafe { tile_step(s, at.add(k * width), &rows, k, &mut sums) };
+        k += 1;
     }
     for (r, sums) in sums.into_iter().enumerate() {
         for (half, mut sum) in sums.into_iter().enumerate() {
@@ -206,6 +209,28 @@ unsafe fn tile<S: Simd, const R: usize>(
             // SAFETY: a line of the output.
             unsafe { s.store(to, sum) };
         }
+    }
+}
+
+/// One step of [`tile`].
+///
+/// # Safety
+/// `2 * LANES` numbers are readable at `x`, and each row has an element `k`.
+#[inline(always)]
+unsafe fn tile_step<S: Simd, const R: usize>(
+    s: S,
+    x: *const f32,
+    rows: &[*const f32; R],
+    k: usize,
+    sums: &mut [[S::F; 2]; R],
+) {
+    // SAFETY: the caller's.
+    let (x0, x1) = unsafe { (s.load(x), s.load(x.add(S::LANES))) };
+    for r in 0..R {
+        // SAFETY: the caller's.
+        let w = s.splat(unsafe { *rows[r].add(k) });
+        sums[r][0] = s.fma(w, x0, sums[r][0]);
+        sums[r][1] = s.fma(w, x1, sums[r][1]);
     }
 }
 
@@ -226,6 +251,12 @@ pub(crate) unsafe fn pack_panels(
     for (p, panel) in range.zip(panels.chunks_exact_mut((width * k).max(1))) {
         let first = p * width;
         let count = width.min(lanes.saturating_sub(first));
+        if steps[1] == 1 && count == width {
+            let from = x.at(first as isize * steps[0]);
+            // SAFETY: `width` lanes of `k` elements, the caller's.
+            unsafe { transpose(from, steps[0], width, k, panel) };
+            continue;
+        }
         for (j, line) in panel.chunks_exact_mut(width).enumerate() {
             let from = x.at(first as isize * steps[0] + j as isize * steps[1]);
             if steps[0] == 1 && count == width {
@@ -238,6 +269,42 @@ pub(crate) unsafe fn pack_panels(
                 // SAFETY: a lane that exists.
                 *value = if lane < count { unsafe { *from } } else { 0.0 };
             }
+        }
+    }
+}
+
+/// `panel[j][lane] = x[lane][j]` for `lanes` dense rows of `k` elements, `stride` apart.
+///
+/// # Safety
+/// The rows are readable.
+unsafe fn transpose(x: *const f32, stride: isize, lanes: usize, k: usize, panel: &mut [f32]) {
+    /// Square that is read and written while it is in registers.
+    const SIDE: usize = 8;
+    assert!(
+        panel.len() >= lanes * k && lanes.is_multiple_of(SIDE),
+        "gemm: panel"
+    );
+    let whole = k / SIDE * SIDE;
+    for j in (0..whole).step_by(SIDE) {
+        for lane in (0..lanes).step_by(SIDE) {
+            let mut square = [[0.0_f32; SIDE]; SIDE];
+            for (r, row) in square.iter_mut().enumerate() {
+                let from = x.wrapping_offset((lane + r) as isize * stride).wrapping_add(j);
+                // SAFETY: `j + SIDE` is not past `k`.
+                *row = unsafe { from.cast::<[f32; SIDE]>().read_unaligned() };
+            }
+            for c in 0..SIDE {
+                let line: &mut [f32] = &mut panel[(j + c) * lanes + lane..][..SIDE];
+                for (r, value) in line.iter_mut().enumerate() {
+                    *value = square[r][c];
+                }
+            }
+        }
+    }
+    for j in whole..k {
+        for (lane, value) in panel[j * lanes..][..lanes].iter_mut().enumerate() {
+            // SAFETY: inside the row.
+            *value = unsafe { *x.wrapping_offset(lane as isize * stride + j as isize) };
         }
     }
 }

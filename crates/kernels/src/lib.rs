@@ -4,6 +4,11 @@
 //! as a model stores them. Work is spread over a [`Pool`](pool::Pool). The crate knows no model format and no
 //! tensor library.
 
+// Kernels index registers and several operands by one number; iterators would hide which.
+#![allow(clippy::needless_range_loop)]
+// Lists of key ranges are lists of ranges.
+#![allow(clippy::single_range_in_vec_init)]
+
 mod arena;
 pub mod attention;
 pub mod conv;

@@ -47,6 +47,13 @@ pub(crate) struct Nest<const N: usize> {
     rank: usize,
 }
 
+/// Two dimensions, each with its length and steps.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Plane<const N: usize> {
+    pub outer: (usize, [isize; N]),
+    pub inner: (usize, [isize; N]),
+}
+
 impl<const N: usize> Nest<N> {
     pub(crate) fn new(shape: &[usize], operands: [&[isize]; N]) -> Self {
         let mut axes: [(usize, [isize; N]); MAX_RANK] = [(1, [0; N]); MAX_RANK];
@@ -58,6 +65,14 @@ impl<const N: usize> Nest<N> {
             }
         }
         axes[..rank].sort_by_key(|(_, strides)| std::cmp::Reverse(strides[0].unsigned_abs()));
+        // A dimension that another operand walks element by element goes next to the innermost one.
+        if N == 2
+            && rank > 2
+            && axes[rank - 1].1[1] != 1
+            && let Some(dense) = axes[..rank - 1].iter().position(|(_, strides)| strides[1] == 1)
+        {
+            axes[dense..rank - 1].rotate_left(1);
+        }
         let mut nest = Nest {
             dims: [1; MAX_RANK],
             strides: [[0; N]; MAX_RANK],
@@ -93,6 +108,37 @@ impl<const N: usize> Nest<N> {
     /// Length and steps of the innermost dimension.
     pub(crate) fn inner(&self) -> (usize, [isize; N]) {
         (self.dims[self.rank - 1], self.strides[self.rank - 1])
+    }
+
+    /// The two innermost dimensions when operand 0 walks one of them element by element and operand 1 the other, as in
+    /// a transpose.
+    pub(crate) fn plane(&self) -> Option<Plane<N>> {
+        let outer = self.rank.checked_sub(2)?;
+        let (inner, steps) = self.inner();
+        let swaps = steps[0] == 1 && steps[1] != 1 && steps[1] != 0 && self.strides[outer][1] == 1;
+        swaps.then(|| Plane {
+            outer: (self.dims[outer], self.strides[outer]),
+            inner: (inner, steps),
+        })
+    }
+
+    /// Number of planes, see [`Nest::plane`].
+    pub(crate) fn planes(&self) -> usize {
+        self.dims[..self.rank.saturating_sub(2)].iter().product()
+    }
+
+    /// Offsets of the operands at the start of a plane.
+    pub(crate) fn plane_offsets(&self, plane: usize) -> [isize; N] {
+        let mut offsets = [0; N];
+        let mut rest = plane;
+        for axis in (0..self.rank.saturating_sub(2)).rev() {
+            let index = (rest % self.dims[axis].max(1)) as isize;
+            rest /= self.dims[axis].max(1);
+            for (offset, stride) in offsets.iter_mut().zip(self.strides[axis]) {
+                *offset += stride * index;
+            }
+        }
+        offsets
     }
 
     /// Number of innermost rows.

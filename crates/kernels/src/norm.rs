@@ -1,8 +1,11 @@
 //! Normalisation: layer, RMS, L2, batch, instance, local response, and softmax.
 
+use crate::elementwise::math::exp;
 use crate::loops::{Nest, Shared};
 use crate::pool::Pool;
+use crate::simd::{Kernel, Simd, dispatch};
 use crate::strided::{MAX_RANK, View, ViewMut};
+use std::cell::RefCell;
 
 /// What a normalised row becomes.
 #[derive(Debug, Clone, Copy)]
@@ -49,12 +52,13 @@ fn by_rows(pool: &Pool, x: View<'_, f32>, trailing: usize, mut y: ViewMut<'_, f3
     if n == 0 || rows == 0 {
         return;
     }
-    pool.run_ranges(rows, (8192 / n).max(1), &|range| {
+    pool.run_ranges(rows, (16384 / n).max(1), &|range| {
         outer.for_rows(range.start / len..range.end.div_ceil(len), |row, at| {
             let first = range.start.saturating_sub(row * len);
             for i in first..(range.end - row * len).min(len) {
                 let at = [0, 1].map(|n| at[n] + steps[n] * i as isize);
-                rule.apply(&inner, n, py.at(at[0]), px.at(at[1]));
+                // SAFETY: the nests visit the indices of both shapes, a row of `y` on one thread.
+                unsafe { rule.apply(&inner, n, py.at(at[0]), px.at(at[1])) };
             }
         });
     });
@@ -69,53 +73,162 @@ impl<'a> Rule<'a> {
         }
     }
 
-    fn apply(self, nest: &Nest<3>, n: usize, y: *mut f32, x: *const f32) {
-        let fold = |start: f64, f: &dyn Fn(f64, f32) -> f64| {
-            let mut total = start;
-            // SAFETY: `nest` visits offsets inside the row of `x`.
-            each(nest, |at| total = f(total, unsafe { *x.wrapping_offset(at[1]) }));
-            total
-        };
-        let (shift, scale) = match self {
-            Rule::Rms { eps, .. } => (
-                0.0,
-                1.0 / (fold(0.0, &|sum, x| sum + f64::from(x) * f64::from(x)) / n as f64 + f64::from(eps))
-                    .sqrt(),
-            ),
-            Rule::L2 { eps } => (
-                0.0,
-                1.0 / (fold(0.0, &|sum, x| sum + f64::from(x) * f64::from(x)) + f64::from(eps)).sqrt(),
-            ),
-            Rule::Layer { eps, .. } => {
-                let mean = fold(0.0, &|sum, x| sum + f64::from(x)) / n as f64;
-                let variance = fold(0.0, &|sum, x| sum + (f64::from(x) - mean).powi(2)) / n as f64;
-                (mean, 1.0 / (variance + f64::from(eps)).sqrt())
+    /// Normalises the row of `nest` from `x` on into `y`.
+    ///
+    /// # Safety
+    /// The elements of the nest are readable and writable.
+    unsafe fn apply(self, nest: &Nest<3>, n: usize, y: *mut f32, x: *const f32) {
+        if nest.rows() == 1 && nest.inner().1 == [1; 3] {
+            return dispatch(Row { rule: self, x, y, n });
+        }
+        ROW.with_borrow_mut(|row| {
+            row.resize(n, 0.0);
+            each(nest, |at| {
+                // SAFETY: `nest` visits offsets inside the row.
+                row[at[2] as usize] = unsafe { *x.wrapping_offset(at[1]) }
+            });
+            let data = row.as_mut_ptr();
+            dispatch(Row {
+                rule: self,
+                x: data,
+                y: data,
+                n,
+            });
+            each(nest, |at| {
+                // SAFETY: as above.
+                unsafe { *y.wrapping_offset(at[0]) = row[at[2] as usize] };
+            });
+        });
+    }
+}
+
+thread_local! {
+    /// A row whose elements do not lie side by side.
+    static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// One dense row of `n` elements, in place or from one place to another. Made by [`Rule::apply`] alone, on its
+/// caller's word that the places are readable and writable.
+struct Row<'a> {
+    rule: Rule<'a>,
+    x: *const f32,
+    y: *mut f32,
+    n: usize,
+}
+
+impl Kernel for Row<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Row { rule, x, y, n } = self;
+        match rule {
+            Rule::Rms { weight, eps } => {
+                // SAFETY: the row, on the caller's word; so below.
+                let squares = unsafe { total(s, (x, n), 0.0, |x| s.mul(x, x)) };
+                let scale = 1.0 / (squares / n as f32 + eps).sqrt();
+                // SAFETY: as above; the weight has been measured.
+                unsafe { affine(s, x, y, n, (0.0, scale), (weight, None)) };
+            }
+            Rule::L2 { eps } => {
+                // SAFETY: as above.
+                let squares = unsafe { total(s, (x, n), 0.0, |x| s.mul(x, x)) };
+                // SAFETY: as above.
+                unsafe { affine(s, x, y, n, (0.0, 1.0 / (squares + eps).sqrt()), (None, None)) };
+            }
+            Rule::Layer { gamma, beta, eps } => {
+                // SAFETY: as above.
+                let mean = unsafe { total(s, (x, n), 0.0, |x| x) } / n as f32;
+                let shift = s.splat(mean);
+                // SAFETY: as above.
+                let squares = unsafe { total(s, (x, n), mean, |x| s.mul(s.sub(x, shift), s.sub(x, shift))) };
+                let scale = 1.0 / (squares / n as f32 + eps).sqrt();
+                // SAFETY: as above.
+                unsafe { affine(s, x, y, n, (mean, scale), (gamma, beta)) };
             }
             Rule::Softmax { log } => {
-                let max = fold(f64::NEG_INFINITY, &|max, x| max.max(f64::from(x)));
-                let max = if max == f64::NEG_INFINITY { 0.0 } else { max };
-                let sum = fold(0.0, &|sum, x| sum + (f64::from(x) - max).exp());
-                if log {
-                    (max + sum.ln(), 1.0)
-                } else {
-                    (max, if sum > 0.0 { 1.0 / sum } else { 0.0 })
+                if !std::ptr::eq(x, y) {
+                    // SAFETY: `n` elements each, and different views do not overlap.
+                    unsafe { x.copy_to_nonoverlapping(y, n) };
                 }
+                // SAFETY: the row of the output belongs to this thread.
+                let row = unsafe { std::slice::from_raw_parts_mut(y, n) };
+                if !log {
+                    return crate::attention::softmax(s, row);
+                }
+                let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let max = if max == f32::NEG_INFINITY { 0.0 } else { max };
+                let shift = s.splat(max);
+                // SAFETY: as above.
+                let sum = unsafe { total(s, (y, n), f32::NEG_INFINITY, |x| exp(s, s.sub(x, shift))) };
+                let shift = max + sum.ln();
+                row.iter_mut().for_each(|x| *x -= shift);
             }
-        };
-        let [gamma, beta] = self.vectors();
-        each(nest, |at| {
-            // SAFETY: as above; the row of `y` belongs to this thread.
-            let x = f64::from(unsafe { *x.wrapping_offset(at[1]) }) - shift;
-            let value = if matches!(self, Rule::Softmax { log: false }) {
-                x.exp()
-            } else {
-                x
-            } * scale;
-            let weight = at[2] as usize;
-            let value = value as f32 * gamma.map_or(1.0, |g| g[weight]) + beta.map_or(0.0, |b| b[weight]);
+        }
+    }
+}
+
+/// The sum of `f` over `n` elements; the last vector is filled up with `fill`.
+///
+/// # Safety
+/// The elements are readable.
+#[inline(always)]
+unsafe fn total<S: Simd>(s: S, (x, n): (*const f32, usize), fill: f32, f: impl Fn(S::F) -> S::F) -> f32 {
+    let mut sums = [s.zero(); 4];
+    let mut i = 0;
+    while i + 4 * S::LANES <= n {
+        for (part, sum) in sums.iter_mut().enumerate() {
+            // SAFETY: a vector inside the row.
+            *sum = s.add(*sum, f(unsafe { s.load(x.add(i + part * S::LANES)) }));
+        }
+        i += 4 * S::LANES;
+    }
+    while i < n {
+        let mut rest = [fill; 16];
+        let count = S::LANES.min(n - i);
+        // SAFETY: what is left of the row, a vector of sixteen at most.
+        unsafe { x.add(i).copy_to_nonoverlapping(rest.as_mut_ptr(), count) };
+        // SAFETY: sixteen numbers.
+        sums[0] = s.add(sums[0], f(unsafe { s.load(rest.as_ptr()) }));
+        i += count;
+    }
+    s.sum(s.add(s.add(sums[0], sums[1]), s.add(sums[2], sums[3])))
+}
+
+/// `y = (x - shift) * scale * gamma + beta`.
+///
+/// # Safety
+/// The elements are readable and writable, and there are `n` of gamma and beta.
+#[inline(always)]
+unsafe fn affine<S: Simd>(
+    s: S,
+    x: *const f32,
+    y: *mut f32,
+    n: usize,
+    (shift, scale): (f32, f32),
+    (gamma, beta): (Option<&[f32]>, Option<&[f32]>),
+) {
+    let (shifts, scales) = (s.splat(shift), s.splat(scale));
+    let whole = n / S::LANES * S::LANES;
+    for i in (0..whole).step_by(S::LANES) {
+        // SAFETY: a vector inside the row, and inside gamma and beta below.
+        let mut value = s.mul(s.sub(unsafe { s.load(x.add(i)) }, shifts), scales);
+        if let Some(gamma) = gamma {
             // SAFETY: as above.
-            unsafe { *y.wrapping_offset(at[0]) = value };
-        });
+            value = s.mul(value, unsafe { s.load(gamma.as_ptr().add(i)) });
+        }
+        if let Some(beta) = beta {
+            // SAFETY: as above.
+            value = s.add(value, unsafe { s.load(beta.as_ptr().add(i)) });
+        }
+        // SAFETY: as above.
+        unsafe { s.store(y.add(i), value) };
+    }
+    for i in whole..n {
+        // SAFETY: an element of the row.
+        let value = (unsafe { *x.add(i) } - shift) * scale;
+        let value = value * gamma.map_or(1.0, |gamma| gamma[i]) + beta.map_or(0.0, |beta| beta[i]);
+        // SAFETY: as above.
+        unsafe { *y.add(i) = value };
     }
 }
 
@@ -369,6 +482,59 @@ mod tests {
         });
         for row in 0..4 {
             close(&rms[row * 6..row * 6 + 6], &layer[row * 12..row * 12 + 6]);
+        }
+    }
+
+    #[test]
+    fn rows_of_any_length_and_layout_agree_with_the_definition() {
+        for n in [1_usize, 3, 8, 17, 31, 64, 100, 577] {
+            let x: Vec<f32> = (0..3 * n).map(|i| (i as f32 * 1.3).sin() * 2.0 + 0.3).collect();
+            let weight: Vec<f32> = (0..n).map(|i| 0.5 + i as f32 / n as f32).collect();
+            let mean = |v: &[f64]| v.iter().sum::<f64>() / n as f64;
+            for (strides, at) in [([n as isize, 1], [n, 1]), ([1, 3], [1, 3])] {
+                let row =
+                    |r: usize| -> Vec<f64> { (0..n).map(|i| f64::from(x[r * at[0] + i * at[1]])).collect() };
+                let norm = LayerNorm {
+                    axes: 1,
+                    gamma: Some(&weight),
+                    beta: Some(&weight),
+                    eps: 1e-3,
+                };
+                let shape = [3, n];
+                let found = [
+                    run(&x, &shape, &strides, |pool, x, y| {
+                        rms_norm(pool, x, Some(&weight), 1e-3, y)
+                    }),
+                    run(&x, &shape, &strides, |pool, x, y| layer_norm(pool, x, norm, y)),
+                    run(&x, &shape, &strides, |pool, x, y| l2_norm(pool, x, 1, 1e-3, y)),
+                    run(&x, &shape, &strides, softmax),
+                    run(&x, &shape, &strides, log_softmax),
+                ];
+                for r in 0..3 {
+                    let row = row(r);
+                    let squares: Vec<f64> = row.iter().map(|x| x * x).collect();
+                    let m = mean(&row);
+                    let variance = mean(&row.iter().map(|x| (x - m).powi(2)).collect::<Vec<_>>());
+                    let sum: f64 = row.iter().map(|x| x.exp()).sum();
+                    for i in 0..n {
+                        let (x, w) = (row[i], f64::from(weight[i]));
+                        let expected = [
+                            x / (mean(&squares) + 1e-3).sqrt() * w,
+                            (x - m) / (variance + 1e-3).sqrt() * w + w,
+                            x / (squares.iter().sum::<f64>() + 1e-3).sqrt(),
+                            x.exp() / sum,
+                            x - sum.ln(),
+                        ];
+                        for (which, expected) in expected.into_iter().enumerate() {
+                            let found = f64::from(found[which][r * n + i]);
+                            assert!(
+                                (found - expected).abs() < 1e-4,
+                                "{which} of {n}: {found} is not {expected}"
+                            );
+                        }
+                    }
+                }
+            }
         }
     }
 

@@ -1,1 +1,37 @@
-//! Language models packaged for Core ML.
+//! Language models packaged for Core ML: from a folder of packages to streamed text.
+//!
+//! [`Bundle`] reads the files, [`Session`] runs one conversation token by token, [`Chat`] puts messages on top. The
+//! model itself is seen through [`LanguageModel`], so other layouts and fakes take its place.
+//!
+//! ```no_run
+//! use std::ops::ControlFlow;
+//! use candle_coreml_llm::{Bundle, Chat, GenerateOptions, LoadOptions};
+//!
+//! let bundle = Bundle::open("models/tales")?;
+//! let mut chat = Chat::open(&bundle, &LoadOptions::default())?;
+//! let answer = chat.say("Tell me a story about a brave mouse.", &GenerateOptions::default(), |piece| {
+//!     print!("{}", piece.text);
+//!     ControlFlow::Continue(())
+//! })?;
+//! println!("\n{} tokens/s", answer.timings.decode_tokens_per_s());
+//! # Ok::<(), candle_coreml_llm::Error>(())
+//! ```
+
+mod anemll;
+mod bundle;
+mod chat;
+mod error;
+mod model;
+mod sampling;
+mod session;
+mod template;
+mod tokenizer;
+
+pub use bundle::{Bundle, Configs, Files, LoadOptions, Meta, PartFiles};
+pub use chat::Chat;
+pub use error::Error;
+pub use model::{LanguageModel, Prediction};
+pub use sampling::{Sampler, Sampling};
+pub use session::{Completion, FinishReason, GenerateOptions, Generation, Piece, Session, Step, Timings};
+pub use template::{ChatTemplate, Message};
+pub use tokenizer::{TextStream, Tokenizer};

@@ -32,6 +32,11 @@ const CODES: [(u32, DType); 17] = [
     (17, DType::Fp8E5M2),
 ];
 
+/// The code of a dtype in weight files; `None` for those that files cannot hold.
+pub(crate) fn dtype_code(dtype: DType) -> Option<u32> {
+    CODES.iter().find(|(_, d)| *d == dtype).map(|(code, _)| *code)
+}
+
 /// The data of the blob whose record is at `offset`, after checking it against the declared type.
 ///
 /// `name` is how messages call the file.
@@ -90,11 +95,12 @@ pub(crate) fn read_blob(file: &Bytes, name: &str, offset: u64, expected: &Tensor
         })
 }
 
-/// Unused bits at the end of a packed tensor.
+/// Unused bits at the end of a packed tensor, 0 to 7.
 pub(crate) fn padding_bits(ty: &TensorType) -> u64 {
-    let bits = ty.dtype.bits().unwrap_or(8) as u64;
-    let used = ty.element_count().unwrap_or(0) as u64 * bits;
-    used.next_multiple_of(8) - used
+    match (ty.dtype.bits(), ty.element_count()) {
+        (Some(bits @ 0..8), Some(count)) => (8 - (count % 8 * bits) as u64 % 8) % 8,
+        _ => 0,
+    }
 }
 
 fn check_header(file: &Bytes, name: &str) -> Result<()> {

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use crate::blob::padding_bits;
 use crate::error::{Problem, problem};
 use crate::program::*;
 
@@ -32,6 +33,7 @@ impl Program {
     /// - a name is defined once among those visible (blocks side by side may use the same ones);
     /// - the outputs of functions and blocks exist, and a function's body has no block inputs of its own;
     /// - values have the kind and the number of elements their types say; at most one dimension of a value is unknown;
+    ///   booleans are 0 or 1, and bits behind the last packed element are 0;
     /// - nesting, ranks and the sizes of tensors are within limits (64 levels, 32 dimensions, 128 TiB).
     ///
     /// It does not know operators: whether `conv` has a weight is for those who run the program.
@@ -134,7 +136,7 @@ fn operation<'p>(op: &'p Operation, scope: &mut Scope<'p>, depth: usize) -> Resu
     if op.op_type.is_empty() {
         return Err(problem!("no operator"));
     }
-    unique(op.inputs.iter().map(|(name, _)| name), "input")?;
+    unique(&op.inputs, "input")?;
     for (name, arguments) in &op.inputs {
         for argument in arguments {
             match argument {
@@ -154,16 +156,26 @@ fn operation<'p>(op: &'p Operation, scope: &mut Scope<'p>, depth: usize) -> Resu
 }
 
 fn attributes(list: &Attributes) -> Result<()> {
-    unique(list.iter().map(|(name, _)| name), "attribute")?;
+    unique(list, "attribute")?;
     list.iter()
         .try_for_each(|(name, v)| value(v, 0).map_err(|p| p.within(format!("attribute {name:?}"))))
 }
 
-fn unique<'p>(names: impl Iterator<Item = &'p String>, what: &str) -> Result<()> {
+/// Lists of names are short as a rule; longer ones are not compared pair by pair.
+const FEW_NAMES: usize = 16;
+
+fn unique<T>(list: &[(String, T)], what: &str) -> Result<()> {
+    let fail = |name: &String| Err(problem!("{what} {name:?} is empty or given twice"));
     let mut seen = HashSet::new();
-    for name in names {
-        if name.is_empty() || !seen.insert(name) {
-            return Err(problem!("{what} {name:?} is empty or given twice"));
+    for (i, (name, _)) in list.iter().enumerate() {
+        let before = list.iter().take(i).map(|(name, _)| name);
+        let twice = if list.len() <= FEW_NAMES {
+            before.into_iter().any(|n| n == name)
+        } else {
+            !seen.insert(name)
+        };
+        if twice || name.is_empty() {
+            return fail(name);
         }
     }
     Ok(())
@@ -289,6 +301,12 @@ fn tensor_value(t: &TensorType, bytes: &[u8]) -> Result<()> {
     if t.dtype == DType::Bool && bytes.iter().any(|b| *b > 1) {
         return Err(problem!("a boolean that is neither 0 nor 1"));
     }
+    if bytes
+        .last()
+        .is_some_and(|last| last & !(0xff >> padding_bits(t)) != 0)
+    {
+        return Err(problem!("bits set behind the last element of {t}"));
+    }
     match t.byte_len() {
         Some(len) if len == bytes.len() => Ok(()),
         None if bits >= 8 && bytes.len().is_multiple_of(bits / 8) => check_count(t, bytes.len() / (bits / 8)),
@@ -367,6 +385,24 @@ mod tests {
         for (body, expected) in cases {
             let found = checked(body);
             assert!(found.contains(expected), "{body}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn names_given_twice_are_found_in_short_and_long_lists() {
+        for count in [2, 40] {
+            let mut inputs: Vec<_> = (0..count).map(|i| format!("a{i} = x")).collect();
+            assert_eq!(
+                checked(&format!("fp32 y = f({});", inputs.join(", "))),
+                "",
+                "{count}"
+            );
+            inputs.push("a1 = x".to_string());
+            let found = checked(&format!("fp32 y = f({});", inputs.join(", ")));
+            assert!(
+                found.contains("input \"a1\" is empty or given twice"),
+                "{count}: {found}"
+            );
         }
     }
 

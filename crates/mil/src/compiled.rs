@@ -26,7 +26,9 @@ pub(crate) fn read_compiled(source: &Source, root: &str) -> Result<(Description,
     };
     let description = match (read_description(source, root), &program) {
         (Ok(description), _) => description,
-        (Err(_), Some(program)) if !source.contains(&join(root, DESCRIPTION)) => from_program(program),
+        (Err(_), Some(program)) if !source.contains(&join(root, DESCRIPTION)) => {
+            Description::from_program(program)
+        }
         (Err(error), _) => return Err(error),
     };
     Ok((description, program))
@@ -98,22 +100,27 @@ fn sized(rest: &mut Bytes) -> std::result::Result<Bytes, Problem> {
     }
 }
 
-/// What a program's own signatures tell: names, element types, and shapes where they are fixed.
-pub(crate) fn from_program(program: &Program) -> Description {
-    let functions: Vec<_> = program.functions.iter().map(signature).collect();
-    let default = functions.iter().find(|f| f.name == "main").or(functions.first());
-    let default_function = default.map(|f| f.name.clone()).unwrap_or_default();
-    let versions = program
-        .functions
-        .iter()
-        .filter_map(|f| f.opset.strip_prefix("CoreML")?.parse::<i32>().ok());
-    // Operation set CoreML5 came with specification version 6, and so on.
-    let specification_version = versions.max().map_or(0, |v| v.saturating_add(1));
-    Description {
-        functions,
-        default_function,
-        specification_version,
-        ..Description::default()
+impl Description {
+    /// What a program's own signatures tell: names, element types, and shapes where they are fixed.
+    ///
+    /// Features are multi-arrays and states, none optional. The default function is `main`, or the first one. The
+    /// specification version is that of the newest operation set.
+    pub fn from_program(program: &Program) -> Description {
+        let functions: Vec<_> = program.functions.iter().map(signature).collect();
+        let default = functions.iter().find(|f| f.name == "main").or(functions.first());
+        let default_function = default.map(|f| f.name.clone()).unwrap_or_default();
+        let versions = program
+            .functions
+            .iter()
+            .filter_map(|f| f.opset.strip_prefix("CoreML")?.parse::<i32>().ok());
+        // Operation set CoreML5 came with specification version 6, and so on.
+        let specification_version = versions.max().map_or(0, |v| v.saturating_add(1));
+        Description {
+            functions,
+            default_function,
+            specification_version,
+            ..Description::default()
+        }
     }
 }
 
@@ -222,7 +229,7 @@ mod tests {
     fn without_a_description_the_signature_serves() {
         let text = "program(1.3) { func main<ios18>(state<tensor<fp16, [2]>> s, tensor<fp32, [?, 3]> x) {
             tensor<fp32, [?, 3]> y = relu(x = x); } -> (y); }";
-        let found = from_program(&parse_program(text, "m").unwrap());
+        let found = Description::from_program(&parse_program(text, "m").unwrap());
         let main = &found.functions[0];
         let array = |dtype, shape: &[usize], flexibility| ArrayDescription {
             dtype,

@@ -74,6 +74,16 @@ pub enum Error {
         /// What was found and what is expected.
         problem: String,
     },
+    /// A weight file that the program refers to cannot be read.
+    #[error("{program}: its weights {weights} cannot be read: {source}")]
+    Weights {
+        /// The program's file.
+        program: String,
+        /// The weight file as the program has it.
+        weights: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// A weight blob is not what the program says.
     #[error("{path}: blob at offset {offset}: {problem}")]
     Blob {

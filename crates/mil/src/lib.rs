@@ -28,6 +28,8 @@ mod same;
 mod source;
 mod spec;
 mod text;
+mod wire;
+mod write;
 
 pub use check::ProgramError;
 pub use description::*;
@@ -37,3 +39,4 @@ pub use program::*;
 pub use same::{Difference, same_program};
 pub use source::Source;
 pub use text::{parse_program, print_program};
+pub use write::PackageWriter;

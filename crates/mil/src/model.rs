@@ -44,10 +44,17 @@ pub struct Model {
     content_size_bytes: u64,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 struct WeightFile {
     display: String,
     bytes: Bytes,
+}
+
+/// The size instead of the weights, which are too many to print.
+impl std::fmt::Debug for WeightFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} ({} bytes)", self.display, self.bytes.len())
+    }
 }
 
 /// What the parts of an opened model come from.
@@ -175,7 +182,7 @@ fn open_in(source: &Source, root: &str, name: &str) -> Result<Model> {
             path: parts.file.clone(),
             source,
         })?;
-        weights = open_weights(source, &parts.folder, program)?;
+        weights = open_weights(source, &parts, program)?;
     }
     let mapped: u64 = weights.values().map(|w: &WeightFile| w.bytes.len() as u64).sum();
     Ok(Model {
@@ -221,7 +228,7 @@ fn read_parts(source: &Source, root: &str) -> Result<Parts> {
         Some(b'p') if bytes.trim_ascii_start().starts_with(b"program") => {
             let program = compiled::read_text(source, root)?;
             Ok(Parts {
-                description: compiled::from_program(&program),
+                description: Description::from_program(&program),
                 program: Some(program),
                 folder: parent(root).to_string(),
                 file: source.display(root),
@@ -246,15 +253,22 @@ fn read_spec_file(source: &Source, path: &str) -> Result<Parts> {
 }
 
 /// Maps the weight files and checks the record of every weight.
-fn open_weights(source: &Source, folder: &str, program: &Program) -> Result<BTreeMap<String, WeightFile>> {
+fn open_weights(source: &Source, parts: &Parts, program: &Program) -> Result<BTreeMap<String, WeightFile>> {
     let mut files: BTreeMap<String, WeightFile> = BTreeMap::new();
     let mut blobs = Vec::new();
     visit_blobs(program, &mut |blob, ty| blobs.push((blob, ty)));
     for (blob, ty) in blobs {
         if !files.contains_key(&blob.path) {
-            let path = blob_path(folder, &blob.path);
+            let path = blob_path(&parts.folder, &blob.path);
             let display = source.display(&path);
-            let bytes = source.read(&path)?;
+            let bytes = source.read(&path).map_err(|error| match error {
+                Error::Io { source, .. } => Error::Weights {
+                    program: parts.file.clone(),
+                    weights: blob.path.clone(),
+                    source,
+                },
+                other => other,
+            })?;
             files.insert(blob.path.clone(), WeightFile { display, bytes });
         }
         let Some(file) = files.get(&blob.path) else {
@@ -335,7 +349,11 @@ mod tests {
             (&[], "a.mlpackage", "no model"),
             (&[("a/readme", "")], "a", "Manifest.json"),
             (&[("a/Manifest.json", manifest)], "a", "a/Data/m/model.mlmodel"),
-            (&[("a/model.mil", weight)], "a", "a/weights/w.bin"),
+            (
+                &[("a/model.mil", weight)],
+                "a",
+                "a/model.mil: its weights @model_path/weights/w.bin",
+            ),
             (
                 &[("a/model.mil", weight), ("a/weights/w.bin", "short")],
                 "a",
@@ -347,6 +365,12 @@ mod tests {
             let found = open(files, root).unwrap_err();
             assert!(found.contains(expected), "{root}: {found}");
         }
+    }
+
+    #[test]
+    fn models_are_shared_between_threads() {
+        fn shared<T: Send + Sync + 'static>() {}
+        shared::<Model>();
     }
 
     #[test]

@@ -57,7 +57,8 @@ pub struct Block {
 /// A name and its type.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NamedType {
-    /// The value's name, unique in its function.
+    /// The value's name, unique among those visible: blocks side by side may use the same ones (the two blocks of a
+    /// `while_loop` from coremltools do).
     pub name: String,
     /// Its type as declared.
     pub ty: ValueType,

@@ -11,6 +11,9 @@ use crate::program::*;
 #[error("{0}")]
 pub struct Difference(String);
 
+/// The attribute of compiled functions that repeats the shapes of the description.
+pub(crate) const FLEXIBLE_SHAPES: &str = "FlexibleShapeInformation";
+
 type Result<T, E = Problem> = std::result::Result<T, E>;
 
 /// Compares the programs of two models.
@@ -80,7 +83,7 @@ fn function<'p>(sides: &Sides, f: &'p Function, g: &'p Function) -> Result<()> {
     for input in &f.inputs {
         comparison.bind(&input.name, &input.name);
     }
-    comparison.attributes(&f.attributes, &g.attributes, "FlexibleShapeInformation")?;
+    comparison.attributes(&f.attributes, &g.attributes, FLEXIBLE_SHAPES)?;
     comparison.block(&f.body, &g.body)
 }
 

@@ -4,30 +4,20 @@ mod interface;
 mod program;
 
 use bytes::Bytes;
-use coreml_proto::proto::{ModelDescription, mil_spec};
 use prost::Message;
 
 use crate::description::{Description, ModelKind};
 use crate::error::{Error, Result};
 use crate::program::Program;
+use crate::wire;
 
 pub(crate) use interface::description as read_description;
+pub(crate) use program::DTYPES;
 
 /// The protobuf format's own limit.
 const MAX_SPEC_BYTES: u64 = (1 << 31) - 1;
 
 const PROGRAM_FIELD: u32 = 502;
-
-/// The fields of `CoreML.Specification.Model` needed here; the others, neural networks' weights among them, are skipped.
-#[derive(Clone, PartialEq, Message)]
-struct Envelope {
-    #[prost(int32, tag = "1")]
-    specification_version: i32,
-    #[prost(message, optional, tag = "2")]
-    description: Option<ModelDescription>,
-    #[prost(message, optional, tag = "502")]
-    program: Option<mil_spec::Program>,
-}
 
 /// Reads a specification; `path` is how messages call it.
 pub(crate) fn read_spec(bytes: &Bytes, path: &str) -> Result<(Description, Option<Program>)> {
@@ -50,17 +40,17 @@ pub(crate) fn read_spec(bytes: &Bytes, path: &str) -> Result<(Description, Optio
     }
     let field = kind_field(bytes)
         .ok_or_else(|| not_a_model("not a Core ML specification: no model type in the protobuf message"))?;
-    let envelope = Envelope::decode(bytes.as_ref()).map_err(|source| Error::Protobuf {
+    let model = wire::Model::decode(bytes.as_ref()).map_err(|source| Error::Protobuf {
         path: path.to_string(),
         source,
     })?;
-    let program = match (field, &envelope.program) {
+    let program = match (field, model.program) {
         (PROGRAM_FIELD, Some(program)) => Some(program::convert(program).map_err(|p| p.in_file(path))?),
         _ => None,
     };
     let mut description =
-        interface::description(&envelope.description.unwrap_or_default()).map_err(|p| p.in_file(path))?;
-    description.specification_version = envelope.specification_version;
+        interface::description(&model.description.unwrap_or_default()).map_err(|p| p.in_file(path))?;
+    description.specification_version = model.specification_version;
     description.kind = kind(field);
     Ok((description, program))
 }

@@ -198,3 +198,28 @@ fn compiled_forms_of_another_revision_are_told_apart() {
         );
     }
 }
+
+#[test]
+fn saved_packages_of_real_models_hold_the_same_program() {
+    let Some(models) = shared_models() else { return };
+    let folder = std::env::temp_dir().join(format!("candle-coreml-resave-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let mut paths = Vec::new();
+    find(&models.join("real"), &["mlpackage", "mlmodelc"], &mut paths);
+    find(&models.join("tales-lut6"), &["mlpackage"], &mut paths);
+    for path in paths {
+        let model = Model::open(&path).unwrap();
+        let copy = folder.join("copy.mlpackage");
+        model.save_package(&copy).unwrap();
+        let saved = Model::open(&copy).unwrap();
+        assert_eq!(same_program(&model, &saved), Ok(()), "{}", path.display());
+        assert_eq!(model.description(), saved.description(), "{}", path.display());
+        assert!(
+            saved.content_size_bytes() <= model.content_size_bytes(),
+            "{}",
+            path.display()
+        );
+        std::fs::remove_dir_all(&copy).unwrap();
+    }
+    std::fs::remove_dir_all(&folder).unwrap();
+}

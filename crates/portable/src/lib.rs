@@ -7,6 +7,7 @@
 mod array;
 pub mod constant;
 mod error;
+mod explain;
 pub mod graph;
 pub mod item;
 pub mod layout;
@@ -23,7 +24,9 @@ mod state;
 
 pub use array::{Array, Buffer, Data, Label, OwnedArray};
 pub use error::{Error, OpError, OpResult};
+pub use explain::{Explanation, StepReport};
 pub use graph::Graph;
+pub use lower::missing_ops_of as missing_ops;
 pub use model::{Model, Numerics, Options};
 pub use run::Observer;
 pub use state::State;

@@ -2,6 +2,7 @@
 
 use crate::Error;
 use crate::array::{Array, OwnedArray};
+use crate::explain::Explanation;
 use crate::graph::Graph;
 use crate::layout::Shape;
 use crate::lower::{Constants, LowerOptions, Lowered, check_function, lower};
@@ -197,7 +198,8 @@ impl Model {
         }
     }
 
-    /// Shapes of all inputs by declaration or default; `None` where the file gives none.
+    /// Shapes of all inputs by declaration or default, in the order of the function's parameters; `None` where the file gives
+    /// none.
     pub fn default_shapes(&self) -> Option<Vec<Shape>> {
         let description = self.shared.file.description();
         let named = description.functions.iter().find(|f| f.name == self.name());
@@ -286,6 +288,28 @@ impl Model {
             passes::optimize(graph)
         } else {
             passes::clean(graph)
+        }
+    }
+
+    /// The plan for the default shapes, step by step.
+    ///
+    /// # Errors
+    /// When an input has no default shape, when the function runs in stages, or as for predictions.
+    pub fn explain(&self) -> Result<Explanation, Error> {
+        let shapes = self.default_shapes().ok_or_else(|| Error::Value {
+            what: "input",
+            name: self.name().into(),
+            message: "the shapes are flexible and the file gives no default".into(),
+        })?;
+        match &self.ready(shapes.clone())?.way {
+            Way::Whole(plan) => Ok(Explanation::of(self.name(), plan)),
+            Way::Staged(_) => match self.lower(&shapes)? {
+                Lowered::Cut(error) => Err(error),
+                Lowered::Whole(graph) => {
+                    let plan = Plan::new(&self.optimize(graph))?;
+                    Ok(Explanation::of(self.name(), &plan))
+                }
+            },
         }
     }
 

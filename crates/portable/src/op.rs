@@ -67,8 +67,13 @@ pub trait Op: Any + Debug + Send + Sync {
     /// Only what depends on values, not on types and shapes: those were checked when the node was made.
     fn run(&self, args: &mut Args<'_>) -> OpResult<()>;
 
-    /// Multiplications and additions one run takes, for reports.
-    fn flops(&self) -> u64 {
+    /// Multiplications and additions one run takes, for reports; 0 where moving the elements is what costs.
+    fn flops(&self, _inputs: &[&Layout], _outputs: &[&Layout]) -> u64 {
+        0
+    }
+
+    /// Bytes of weights one run reads.
+    fn weight_bytes(&self) -> usize {
         0
     }
 }

@@ -1,4 +1,4 @@
-//! Palettised rows times a vector in 16-bit fixed point, for processors with AVX2.
+//! Palettised and integer rows times a vector in 16-bit fixed point, for processors with AVX2.
 //!
 //! A table becomes 16-bit integers with one scale, a vector 15-bit integers with one scale per block of 64 columns.
 //! Indices pick the two bytes of an integer by register permutes, products are summed in 32-bit integers, which
@@ -9,6 +9,7 @@
 //! each entry.
 
 use crate::weights::FixedTables;
+use half::f16;
 use std::arch::x86_64::*;
 
 /// Columns that share a scale.
@@ -24,6 +25,8 @@ pub(crate) enum Order {
     Nibbles,
     /// Of indices of 6 bits.
     Sixes,
+    /// As they are, for integers of 8 bits.
+    Bytes,
 }
 
 /// A vector in fixed point: `values` are whole blocks, the last one filled up with zeros.
@@ -31,6 +34,133 @@ pub(crate) enum Order {
 pub(crate) struct FixedX<'a> {
     pub scales: &'a [f32],
     pub values: &'a [i16],
+    /// Sums of each 32 columns, for integers with a zero point.
+    pub sums: &'a [f32],
+}
+
+/// Fills `sums` with the sum of each 32 columns.
+pub(crate) fn sum_halves(order: Order, scales: &[f32], values: &[i16], sums: &mut [f32]) {
+    for ((values, scale), sums) in values
+        .chunks_exact(BLOCK)
+        .zip(scales)
+        .zip(sums.chunks_exact_mut(2))
+    {
+        let mut halves = [0_i32; 2];
+        for (i, part) in values.chunks_exact(8).enumerate() {
+            // In the other orders each eight values alternate between the two halves.
+            let half = if order == Order::Bytes { i / 4 } else { i % 2 };
+            halves[half] += part.iter().map(|value| i32::from(*value)).sum::<i32>();
+        }
+        sums.copy_from_slice(&halves.map(|sum| sum as f32 * scale));
+    }
+}
+
+/// A row of integers: `cols` of them at `data`, and a scale and a zero point for each `1 << block_shift` columns.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct IntRow<'a> {
+    pub data: *const u8,
+    pub cols: usize,
+    pub signed: bool,
+    pub scales: &'a [f32],
+    pub zeros: Option<&'a [f32]>,
+    /// At least 5.
+    pub block_shift: u32,
+}
+
+/// `sum (q - zero) * scale * x` for integers of `BITS` bits, 4 or 8.
+///
+/// # Safety
+/// The processor has AVX2 and FMA; the row is readable; `x` is of its length, in the order for `BITS`, with sums.
+#[target_feature(enable = "avx2,fma")]
+pub(crate) unsafe fn dot_ints<const BITS: usize>(row: &IntRow<'_>, x: FixedX<'_>) -> f32 {
+    let block_bytes = BLOCK * BITS / 8;
+    let mut sum = _mm256_setzero_ps();
+    let mut offset = 0.0;
+    for block in 0..row.cols.div_ceil(BLOCK) {
+        let first = block * BLOCK;
+        let from = row.data.wrapping_add(block * block_bytes);
+        let rest = ((row.cols - first).min(BLOCK) * BITS).div_ceil(8);
+        let mut tail = [0_u8; BLOCK];
+        let from = if rest == block_bytes {
+            _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(2048).cast());
+            from
+        } else {
+            // SAFETY: the bytes that are left of the row.
+            unsafe { from.copy_to_nonoverlapping(tail.as_mut_ptr(), rest) };
+            tail.as_ptr()
+        };
+        // SAFETY: a whole block of integers, and one of `x`.
+        let [low, high] = unsafe { int_block::<BITS>(from, row.signed, x, block) };
+        let parts = [
+            first >> row.block_shift,
+            (first + 32).min(row.cols - 1) >> row.block_shift,
+        ];
+        let scales = parts.map(|part| row.scales[part]);
+        // Half bytes are read as 0 to 15; signed ones were 8 less.
+        let bias = if row.signed && BITS == 4 { 8.0 } else { 0.0 };
+        for half in 0..2 {
+            let zero = row.zeros.map_or(0.0, |zeros| zeros[parts[half]]) + bias;
+            offset += scales[half] * zero * x.sums[2 * block + half];
+        }
+        let scale = _mm256_set_m128(_mm_set1_ps(scales[1]), _mm_set1_ps(scales[0]));
+        let scale = _mm256_mul_ps(scale, _mm256_set1_ps(x.scales[block]));
+        let joined = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(low), high);
+        sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(joined), scale, sum);
+    }
+    horizontal(sum) - offset
+}
+
+/// Products of a block, summed to four integers for each 32 columns.
+///
+/// # Safety
+/// As [`dot_ints`], for the block at `p`.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+unsafe fn int_block<const BITS: usize>(
+    p: *const u8,
+    signed: bool,
+    x: FixedX<'_>,
+    block: usize,
+) -> [__m128i; 2] {
+    // SAFETY: the block has 64 values.
+    let x_at = |i: usize| unsafe { _mm256_loadu_si256(x.values.as_ptr().add(block * BLOCK + 16 * i).cast()) };
+    if BITS == 4 {
+        // SAFETY: 32 bytes.
+        let packed = unsafe { _mm256_loadu_si256(p.cast()) };
+        let packed = if signed {
+            _mm256_xor_si256(packed, _mm256_set1_epi8(-120))
+        } else {
+            packed
+        };
+        let (low, zero) = (_mm256_set1_epi8(15), _mm256_setzero_si256());
+        let even = _mm256_and_si256(packed, low);
+        let odd = _mm256_and_si256(_mm256_srli_epi16::<4>(packed), low);
+        let a = _mm256_madd_epi16(_mm256_unpacklo_epi8(even, zero), x_at(0));
+        let b = _mm256_madd_epi16(_mm256_unpackhi_epi8(even, zero), x_at(1));
+        let c = _mm256_madd_epi16(_mm256_unpacklo_epi8(odd, zero), x_at(2));
+        let d = _mm256_madd_epi16(_mm256_unpackhi_epi8(odd, zero), x_at(3));
+        let sum = _mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d));
+        return [_mm256_castsi256_si128(sum), _mm256_extracti128_si256::<1>(sum)];
+    }
+    let words = |i: usize| {
+        // SAFETY: 16 bytes of the block's 64.
+        let bytes = unsafe { _mm_loadu_si128(p.add(16 * i).cast()) };
+        if signed {
+            _mm256_cvtepi8_epi16(bytes)
+        } else {
+            _mm256_cvtepu8_epi16(bytes)
+        }
+    };
+    let low = _mm256_add_epi32(
+        _mm256_madd_epi16(words(0), x_at(0)),
+        _mm256_madd_epi16(words(1), x_at(1)),
+    );
+    let high = _mm256_add_epi32(
+        _mm256_madd_epi16(words(2), x_at(2)),
+        _mm256_madd_epi16(words(3), x_at(3)),
+    );
+    let fold = |v: __m256i| _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256::<1>(v));
+    [fold(low), fold(high)]
 }
 
 /// Fills `scales` and `values` from `x`; false when `x` has an infinity or NaN, which fixed point cannot hold.
@@ -77,6 +207,7 @@ fn quantise_block(x: &[f32; BLOCK], order: Order, scale: &mut f32, values: &mut 
         _mm256_permute4x64_epi64::<0b11_01_10_00>(packed)
     };
     let ordered = match order {
+        Order::Bytes => [pack(0), pack(2), pack(4), pack(6)],
         Order::Sixes => {
             let (a, b, c, d) = (pack(0), pack(2), pack(4), pack(6));
             [
@@ -138,6 +269,11 @@ pub(crate) unsafe fn dot_rows<const BITS: usize, const R: usize>(
     let whole = cols / BLOCK;
     for block in 0..whole {
         for r in 0..R {
+            // The rows of the next calls follow these. Hardware prefetchers lose the thread between several rows.
+            _mm_prefetch::<_MM_HINT_T0>(
+                rows.wrapping_add((r + 2 * R) * stride + block * block_bytes)
+                    .cast(),
+            );
             // SAFETY: block `block` of row `r` and of `x` exist.
             sums[r] = unsafe {
                 block_sum(
@@ -188,9 +324,8 @@ unsafe fn block_sum<const BITS: usize>(
     sum: __m256,
 ) -> __m256 {
     // SAFETY: the caller's.
-    let [a, b] = unsafe { unpack::<BITS>(indices) };
-    let (a_low, a_high) = table.look_up(a);
-    let (b_low, b_high) = table.look_up(b);
+    let indices = unsafe { unpack::<BITS>(indices) };
+    let [(a_low, a_high), (b_low, b_high)] = table.look_up(indices);
     let words = [
         _mm256_unpacklo_epi8(a_low, a_high),
         _mm256_unpackhi_epi8(a_low, a_high),
@@ -275,26 +410,111 @@ impl<const BITS: usize> Table<BITS> {
         }
     }
 
-    /// Low and high bytes of the entries at `index`.
+    /// Low and high bytes of the entries at two vectors of indices.
     #[target_feature(enable = "avx2,fma")]
     #[inline]
-    fn look_up(&self, index: __m256i) -> (__m256i, __m256i) {
+    fn look_up(&self, [a, b]: [__m256i; 2]) -> [(__m256i, __m256i); 2] {
         if BITS == 4 {
-            return (
-                _mm256_shuffle_epi8(self.low[0], index),
-                _mm256_shuffle_epi8(self.high[0], index),
+            let (low, high) = (self.low[0], self.high[0]);
+            return [
+                (_mm256_shuffle_epi8(low, a), _mm256_shuffle_epi8(high, a)),
+                (_mm256_shuffle_epi8(low, b), _mm256_shuffle_epi8(high, b)),
+            ];
+        }
+        let zero = _mm256_setzero_si256();
+        let mut found = [(zero, zero); 2];
+        for quarter in 0..4 {
+            // A permute gives 0 where the index byte's top bit is set. Flipping the quarter's number makes the
+            // indices of that quarter the ones below 16, and adding 112 sets the top bit of all others.
+            let flip = _mm256_set1_epi8((quarter as i8) << 4);
+            let all = _mm256_set1_epi8(112);
+            let (low, high) = (self.low[quarter], self.high[quarter]);
+            let at = _mm256_add_epi8(_mm256_xor_si256(a, flip), all);
+            found[0].0 = _mm256_or_si256(found[0].0, _mm256_shuffle_epi8(low, at));
+            found[0].1 = _mm256_or_si256(found[0].1, _mm256_shuffle_epi8(high, at));
+            let at = _mm256_add_epi8(_mm256_xor_si256(b, flip), all);
+            found[1].0 = _mm256_or_si256(found[1].0, _mm256_shuffle_epi8(low, at));
+            found[1].1 = _mm256_or_si256(found[1].1, _mm256_shuffle_epi8(high, at));
+        }
+        found
+    }
+}
+
+/// Decodes `out.len()` palettised entries into `f32`, exactly, from planes of `f16`.
+///
+/// # Safety
+/// The processor has AVX2, FMA and F16C; as many packed indices as `out` is long are readable at `indices`; `BITS` is
+/// 4 or 6 and the planes are of that width.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) unsafe fn decode<const BITS: usize>(indices: *const u8, planes: &[u8], out: &mut [f32]) {
+    let table = Table::<BITS>::load(planes);
+    let block_bytes = BLOCK * BITS / 8;
+    let mut at = indices;
+    let mut blocks = out.chunks_exact_mut(BLOCK);
+    for out in &mut blocks {
+        // SAFETY: a whole block of indices, and of output.
+        unsafe { decode_block::<BITS>(&table, at, out.as_mut_ptr()) };
+        at = at.wrapping_add(block_bytes);
+    }
+    let rest = blocks.into_remainder();
+    if !rest.is_empty() {
+        let (mut tail, mut full) = ([0_u8; 48], [0.0; BLOCK]);
+        // SAFETY: the bytes of the remaining indices.
+        unsafe { at.copy_to_nonoverlapping(tail.as_mut_ptr(), (rest.len() * BITS).div_ceil(8)) };
+        // SAFETY: both are whole blocks.
+        unsafe { decode_block::<BITS>(&table, tail.as_ptr(), full.as_mut_ptr()) };
+        rest.copy_from_slice(&full[..rest.len()]);
+    }
+}
+
+/// # Safety
+/// As [`decode`], for one block; `out` has room for it.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+unsafe fn decode_block<const BITS: usize>(table: &Table<BITS>, indices: *const u8, out: *mut f32) {
+    // SAFETY: the caller's.
+    let [a, b] = unsafe { unpack::<BITS>(indices) };
+    let (a, b) = if BITS == 4 {
+        let (even, odd) = (_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b));
+        (
+            _mm256_permute2x128_si256::<0x20>(even, odd),
+            _mm256_permute2x128_si256::<0x31>(even, odd),
+        )
+    } else {
+        (a, b)
+    };
+    // Both halves hold 32 columns in order now.
+    for (half, (low, high)) in table.look_up([a, b]).into_iter().enumerate() {
+        let (first, second) = (_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high));
+        // SAFETY: 32 numbers of the block's 64.
+        unsafe {
+            let out = out.add(32 * half);
+            _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm256_castsi256_si128(first)));
+            _mm256_storeu_ps(out.add(8), _mm256_cvtph_ps(_mm256_castsi256_si128(second)));
+            _mm256_storeu_ps(out.add(16), _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(first)));
+            _mm256_storeu_ps(
+                out.add(24),
+                _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(second)),
             );
         }
-        // A byte's top bit selects; bits 4 and 5 of the index are moved there.
-        let (bit4, bit5) = (_mm256_slli_epi16::<3>(index), _mm256_slli_epi16::<2>(index));
-        let pick = |t: &[__m256i; 4]| {
-            let parts = t.map(|t| _mm256_shuffle_epi8(t, index));
-            let lower = _mm256_blendv_epi8(parts[0], parts[1], bit4);
-            let upper = _mm256_blendv_epi8(parts[2], parts[3], bit4);
-            _mm256_blendv_epi8(lower, upper, bit5)
-        };
-        (pick(&self.low), pick(&self.high))
     }
+}
+
+/// The bytes of the entries as `f16`, low bytes of a table before high ones; none when an entry is not an `f16`.
+pub(crate) fn half_planes(table: &[f32], bits: u32) -> Option<Vec<u8>> {
+    let mut planes = Vec::with_capacity(table.len() * 2);
+    for table in table.chunks_exact(1 << bits) {
+        for byte in 0..2 {
+            for value in table {
+                let half = f16::from_f32(*value);
+                if half.to_f32() != *value {
+                    return None;
+                }
+                planes.push(half.to_le_bytes()[byte]);
+            }
+        }
+    }
+    Some(planes)
 }
 
 /// Makes the planes of `tables` tables of `2^bits` entries; none when an entry is not finite.
@@ -325,5 +545,9 @@ pub(crate) fn fix_tables(table: &[f32], bits: u32) -> Option<FixedTables> {
         planes.extend(table.iter().map(|x| fixed(x).to_le_bytes()[1]));
         scales.push(scale);
     }
-    Some(FixedTables { planes, scales })
+    Some(FixedTables {
+        planes,
+        scales,
+        halves: half_planes(table, bits),
+    })
 }

@@ -18,10 +18,9 @@ thread_local! {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Prepared<'a> {
     pub x: &'a [f32],
+    /// In fixed point, per order.
     #[cfg(target_arch = "x86_64")]
-    pub nibbles: Option<fixed::FixedX<'a>>,
-    #[cfg(target_arch = "x86_64")]
-    pub sixes: Option<fixed::FixedX<'a>>,
+    pub fixed: [Option<fixed::FixedX<'a>>; 3],
 }
 
 /// `x` for storages that take it as it is.
@@ -29,45 +28,59 @@ pub(crate) fn unprepared(x: &[f32]) -> Prepared<'_> {
     Prepared {
         x,
         #[cfg(target_arch = "x86_64")]
-        nibbles: None,
-        #[cfg(target_arch = "x86_64")]
-        sixes: None,
+        fixed: [None; 3],
     }
+}
+
+/// Numbers of `f32` that a fixed form needs for a vector of `cols`: scales, values of half the size, and sums.
+fn fixed_len(cols: usize) -> usize {
+    let blocks = cols.div_ceil(64);
+    blocks.next_multiple_of(16) + blocks * 32 + (2 * blocks).next_multiple_of(16)
 }
 
 /// Numbers of `f32` that [`prepare`] needs for a vector of `cols`.
 pub(crate) fn prepared_len(cols: usize) -> usize {
-    let blocks = cols.div_ceil(64);
-    // Per order: a scale and 64 halves a block, each part on a line of its own.
-    2 * (blocks.next_multiple_of(16) + blocks * 32)
+    3 * fixed_len(cols)
 }
 
 /// Makes the forms of `x` that `weights` want, in `space`.
 pub(crate) fn prepare<'a>(x: &'a [f32], weights: &[&Weights], space: &'a mut [f32]) -> Prepared<'a> {
     #[cfg(target_arch = "x86_64")]
     {
-        let wants = |bits: u32| {
-            weights
-                .iter()
-                .any(|w| matches!(w.storage(), Storage::Lut(lut) if lut.bits == bits && lut.fixed.is_some()))
-        };
-        let (first, second) = space.split_at_mut(space.len() / 2);
-        let nibbles = if wants(4) {
-            fix(x, fixed::Order::Nibbles, first)
-        } else {
-            None
-        };
-        let sixes = if wants(6) {
-            fix(x, fixed::Order::Sixes, second)
-        } else {
-            None
-        };
-        Prepared { x, nibbles, sixes }
+        use fixed::Order;
+        let mut prepared = unprepared(x);
+        let mut parts = space.chunks_exact_mut(fixed_len(x.len()).max(1));
+        for order in [Order::Nibbles, Order::Sixes, Order::Bytes] {
+            if let Some(space) = parts.next()
+                && weights.iter().any(|w| order_of(w) == Some(order))
+            {
+                prepared.fixed[order as usize] = fix(x, order, space);
+            }
+        }
+        prepared
     }
     #[cfg(not(target_arch = "x86_64"))]
     {
         let _ = (weights, space);
-        Prepared { x }
+        unprepared(x)
+    }
+}
+
+/// The fixed-point order a matrix is multiplied in, if it is.
+#[cfg(target_arch = "x86_64")]
+fn order_of(w: &Weights) -> Option<fixed::Order> {
+    match w.storage() {
+        Storage::Lut(lut) if lut.fixed.is_some() => Some(if lut.bits == 4 {
+            fixed::Order::Nibbles
+        } else {
+            fixed::Order::Sixes
+        }),
+        Storage::Affine(affine) if affine.block_shift.is_some() => Some(if affine.bits == 4 {
+            fixed::Order::Nibbles
+        } else {
+            fixed::Order::Bytes
+        }),
+        _ => None,
     }
 }
 
@@ -77,11 +90,16 @@ fn fix<'a>(x: &[f32], order: fixed::Order, space: &'a mut [f32]) -> Option<fixed
         return None;
     }
     let blocks = x.len().div_ceil(fixed::BLOCK);
-    let (scales, values) = space.split_at_mut(blocks.next_multiple_of(16));
+    let (scales, rest) = space.split_at_mut(blocks.next_multiple_of(16));
+    let (values, sums) = rest.split_at_mut(blocks * fixed::BLOCK / 2);
     let values: &mut [i16] = bytemuck::cast_slice_mut(values);
     // SAFETY: the instructions were found just now.
     let finite = unsafe { fixed::quantise(x, order, scales, values) };
-    finite.then_some(fixed::FixedX { scales, values })
+    if !finite {
+        return None;
+    }
+    fixed::sum_halves(order, scales, values, sums);
+    Some(fixed::FixedX { scales, values, sums })
 }
 
 /// `out[i] = sum_k w[rows.start + i, k] * x[k]`.
@@ -91,6 +109,15 @@ pub(crate) fn dot(w: &Weights, x: &Prepared<'_>, rows: Range<usize>, out: &mut [
         rows.end <= w.rows() && out.len() == rows.len() && x.x.len() == cols,
         "matvec: rows and columns"
     );
+    #[cfg(target_arch = "x86_64")]
+    if let Some(fixed) = order_of(w).and_then(|order| x.fixed[order as usize]) {
+        match w.storage() {
+            Storage::Lut(lut) if lut.bits == 4 => return lut_dot::<4>(lut, fixed, rows, out),
+            Storage::Lut(lut) => return lut_dot::<6>(lut, fixed, rows, out),
+            Storage::Affine(affine) => return int_dot(affine, fixed, rows, out),
+            _ => {}
+        }
+    }
     match w.storage() {
         Storage::F32(data) => {
             dispatch(Dot {
@@ -105,14 +132,6 @@ pub(crate) fn dot(w: &Weights, x: &Prepared<'_>, rows: Range<usize>, out: &mut [
                 x: x.x,
                 out,
             });
-        }
-        #[cfg(target_arch = "x86_64")]
-        Storage::Lut(lut) if lut.bits == 4 && x.nibbles.is_some() && lut.fixed.is_some() => {
-            lut_dot::<4>(lut, x.nibbles, rows, out);
-        }
-        #[cfg(target_arch = "x86_64")]
-        Storage::Lut(lut) if lut.bits == 6 && x.sixes.is_some() && lut.fixed.is_some() => {
-            lut_dot::<6>(lut, x.sixes, rows, out);
         }
         _ => ROW.with_borrow_mut(|space| {
             space.resize(cols, 0.0);
@@ -132,13 +151,11 @@ pub(crate) fn dot(w: &Weights, x: &Prepared<'_>, rows: Range<usize>, out: &mut [
 #[cfg(target_arch = "x86_64")]
 fn lut_dot<const BITS: usize>(
     lut: &crate::weights::Lut,
-    x: Option<fixed::FixedX<'_>>,
+    x: fixed::FixedX<'_>,
     rows: Range<usize>,
     out: &mut [f32],
 ) {
-    let (Some(x), Some(tables)) = (x, lut.fixed.as_ref()) else {
-        return;
-    };
+    let Some(tables) = lut.fixed.as_ref() else { return };
     let stride = lut.cols * BITS / 8;
     let entries = 2 << BITS;
     out.fill(0.0);
@@ -148,6 +165,7 @@ fn lut_dot<const BITS: usize>(
         let x = fixed::FixedX {
             scales: &x.scales[first / fixed::BLOCK..],
             values: &x.values[first / fixed::BLOCK * fixed::BLOCK..],
+            sums: &[],
         };
         let mut row = rows.start;
         while row < rows.end {
@@ -180,6 +198,35 @@ fn lut_dot<const BITS: usize>(
             }
             row += count;
         }
+    }
+}
+
+/// Rows `rows` of an integer matrix in fixed point.
+#[cfg(target_arch = "x86_64")]
+fn int_dot(affine: &crate::weights::Affine, x: fixed::FixedX<'_>, rows: Range<usize>, out: &mut [f32]) {
+    let Some(block_shift) = affine.block_shift else {
+        return;
+    };
+    let stride = affine.cols * affine.bits as usize / 8;
+    for (row, out) in rows.zip(out) {
+        let group = row / affine.row_block * affine.col_blocks;
+        let blocks = group..group + affine.col_blocks;
+        let int_row = fixed::IntRow {
+            data: affine.data[row * stride..(row + 1) * stride].as_ptr(),
+            cols: affine.cols,
+            signed: affine.signed,
+            scales: &affine.scale[blocks.clone()],
+            zeros: affine.zero.as_ref().map(|zero| &zero[blocks]),
+            block_shift,
+        };
+        // SAFETY: `block_shift` is there only where AVX2 is and rows are whole bytes; the row was sliced, and `x` made
+        // for its columns, in the order for its bits.
+        *out = unsafe {
+            match affine.bits {
+                4 => fixed::dot_ints::<4>(&int_row, x),
+                _ => fixed::dot_ints::<8>(&int_row, x),
+            }
+        };
     }
 }
 
@@ -304,8 +351,9 @@ pub(crate) mod tests {
                 .sum();
             let sizes: f64 = row.iter().map(|w| f64::from(w.abs())).sum();
             let x_sizes: f64 = x.iter().map(|x| f64::from(x.abs())).sum();
-            // The bound stated at the top of `fixed`, all magnitudes being below 1, and the rounding of the sums.
-            let bound = sizes * 2f64.powi(-15) + x_sizes * 2f64.powi(-16) + 1e-5;
+            // The bound stated at the top of `fixed`, all magnitudes being below 1, and the rounding of the sums. With a
+            // zero point, the sums are those of larger terms.
+            let bound = sizes * 2f64.powi(-15) + x_sizes * 2f64.powi(-16) + 4e-5;
             assert!(
                 (f64::from(out) - exact).abs() <= bound,
                 "row {r}: {out} is not {exact}"
@@ -317,7 +365,7 @@ pub(crate) mod tests {
         #![proptest_config(ProptestConfig::with_cases(200))]
         #[test]
         fn every_storage_agrees_with_its_decoded_rows(
-            rows in 1_usize..40, cols in 1_usize..300, seed in any::<u64>(), start in 0_usize..5, kind in 0..6,
+            rows in 1_usize..40, cols in 1_usize..300, seed in any::<u64>(), start in 0_usize..5, kind in 0..8,
             row_group in 1_usize..20, col_group in 1_usize..4,
         ) {
             let mut seed = seed;
@@ -335,6 +383,20 @@ pub(crate) mod tests {
                 2 => lut(rows, cols, 4, (row_group, cols), &mut seed),
                 3 => lut(rows, cols, 6, (row_group, cols), &mut seed),
                 4 => lut(rows, cols * 4, if row_group % 2 == 0 { 4 } else { 6 }, (row_group, 64 * col_group), &mut seed),
+                6 | 7 => {
+                    let bits = if kind == 6 { 4 } else { 8 };
+                    let block = [32, 64, 128, cols, 40][row_group % 5];
+                    let blocks = rows.div_ceil(col_group) * cols.div_ceil(block);
+                    let data: Vec<u8> = (0..(rows * cols * bits as usize).div_ceil(8))
+                        .map(|_| (random(&mut seed) * 128.0 + 128.0) as u8)
+                        .collect();
+                    // Magnitudes stay below 1, as the bound assumes.
+                    let size = if bits == 4 { 0.03 } else { 0.0015 };
+                    let scale = (0..blocks).map(|_| random(&mut seed) * size).collect();
+                    let zero = (seed % 2 == 0).then(|| (0..blocks).map(|_| (random(&mut seed) * 5.0).round()).collect());
+                    let signed = seed % 3 == 0;
+                    Weights::affine(rows, cols, bits, signed, data.into(), scale, zero, col_group, block).unwrap()
+                }
                 _ => lut(rows, cols, [1, 2, 3, 8][row_group % 4], (row_group, col_group * 7), &mut seed),
             };
             check(&w, &mut seed, range);

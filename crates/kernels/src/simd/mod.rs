@@ -15,7 +15,7 @@ use half::f16;
 
 /// Operations on vectors of [`Simd::LANES`] numbers. `min`, `max`: when a lane of either operand is NaN, the result
 /// is NaN or the second operand.
-#[allow(missing_docs)]
+#[allow(clippy::wrong_self_convention)] // `self` is the token, not the value converted
 pub(crate) trait Simd: Copy + Send + Sync + 'static {
     const LANES: usize;
     /// `LANES` numbers.

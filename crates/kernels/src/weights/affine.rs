@@ -1,6 +1,7 @@
 //! Integer weights with a scale and a zero point per block.
 
 use super::{WeightsError, count, expect_len};
+use crate::simd::{Kernel, Simd, dispatch};
 use bytes::Bytes;
 
 /// See [`super::Weights::affine`].
@@ -15,6 +16,27 @@ pub(crate) struct Affine {
     pub row_block: usize,
     pub col_block: usize,
     pub col_blocks: usize,
+    /// Base-2 logarithm of the columns of a block, where this processor has a kernel in fixed point for the layout.
+    pub block_shift: Option<u32>,
+}
+
+fn block_shift(bits: u32, cols: usize, col_block: usize) -> Option<u32> {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let whole_bytes = (cols * bits as usize).is_multiple_of(8);
+        if !whole_bytes || !crate::simd::has_avx2() {
+            return None;
+        }
+        if col_block >= cols {
+            return Some(usize::BITS - 1);
+        }
+        (col_block.is_power_of_two() && col_block >= 32).then(|| col_block.trailing_zeros())
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let _ = (bits, cols, col_block);
+        None
+    }
 }
 
 impl Affine {
@@ -45,7 +67,9 @@ impl Affine {
         if let Some(zero) = &zero {
             expect_len("zero", zero.len(), blocks, (rows, cols))?;
         }
+        let block_shift = block_shift(bits, cols, col_block);
         Ok(Affine {
+            block_shift,
             cols,
             bits,
             signed,
@@ -85,15 +109,74 @@ impl Affine {
     }
 
     pub(crate) fn decode(&self, row: usize, first: usize, out: &mut [f32]) {
-        for (i, out) in out.iter_mut().enumerate() {
-            let (scale, zero) = self.block(row, first + i);
-            *out = (self.integer(row * self.cols + first + i) - zero) * scale;
-        }
+        dispatch(Decode {
+            affine: self,
+            row,
+            first,
+            out,
+        });
     }
 
     pub(crate) fn bytes(&self) -> usize {
         let zero = self.zero.as_ref().map_or(0, |zero| size_of_val(&zero[..]));
         self.data.len() + size_of_val(&self.scale[..]) + zero
+    }
+}
+
+/// [`Affine::decode`]. The loops are plain; what matters is that they are compiled for the processor's vectors.
+struct Decode<'a> {
+    affine: &'a Affine,
+    row: usize,
+    first: usize,
+    out: &'a mut [f32],
+}
+
+impl Kernel for Decode<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let Decode {
+            affine,
+            row,
+            first,
+            out,
+        } = self;
+        let mut done = 0;
+        while done < out.len() {
+            let col = first + done;
+            let count = (out.len() - done).min(affine.col_block - col % affine.col_block);
+            let (scale, zero) = affine.block(row, col);
+            let (at, part) = (row * affine.cols + col, &mut out[done..done + count]);
+            done += count;
+            if affine.bits == 8 {
+                let data = &affine.data[at..at + count];
+                if affine.signed {
+                    part.iter_mut()
+                        .zip(data)
+                        .for_each(|(out, q)| *out = (f32::from(*q as i8) - zero) * scale);
+                } else {
+                    part.iter_mut()
+                        .zip(data)
+                        .for_each(|(out, q)| *out = (f32::from(*q) - zero) * scale);
+                }
+            } else if at.is_multiple_of(2) && count.is_multiple_of(2) {
+                // Flipping the top bit of a signed half byte adds 8 to it, without sign from there on.
+                let (flip, zero) = if affine.signed {
+                    (0x88, zero + 8.0)
+                } else {
+                    (0, zero)
+                };
+                for (pair, q) in part.chunks_exact_mut(2).zip(&affine.data[at / 2..]) {
+                    let q = q ^ flip;
+                    pair[0] = (f32::from(q & 15) - zero) * scale;
+                    pair[1] = (f32::from(q >> 4) - zero) * scale;
+                }
+            } else {
+                for (i, out) in part.iter_mut().enumerate() {
+                    *out = (affine.integer(at + i) - zero) * scale;
+                }
+            }
+        }
     }
 }
 

@@ -23,6 +23,8 @@ pub(crate) struct Lut {
 pub(crate) struct FixedTables {
     pub planes: Vec<u8>,
     pub scales: Vec<f32>,
+    /// The bytes of the entries as `f16` in the same order, when all are exactly that.
+    pub halves: Option<Vec<u8>>,
 }
 
 fn fix(table: &[f32], bits: u32, cols: usize, col_group: usize) -> Option<FixedTables> {
@@ -102,16 +104,57 @@ impl Lut {
     }
 
     pub(crate) fn decode(&self, row: usize, first: usize, out: &mut [f32]) {
+        let mut done = 0;
+        while done < out.len() {
+            let col = first + done;
+            let count = (out.len() - done).min(self.col_group - col % self.col_group);
+            self.decode_group(row, col, &mut out[done..done + count]);
+            done += count;
+        }
+    }
+
+    /// Decodes entries of one row that share a table.
+    fn decode_group(&self, row: usize, col: usize, out: &mut [f32]) {
+        let at = row * self.cols + col;
+        #[cfg(target_arch = "x86_64")]
+        if let Some(halves) = self.fixed.as_ref().and_then(|fixed| fixed.halves.as_ref())
+            && (at * self.bits as usize).is_multiple_of(8)
+        {
+            let group = row / self.row_group * self.col_groups + col / self.col_group;
+            let planes = &halves[group << (self.bits + 1)..(group + 1) << (self.bits + 1)];
+            let bytes = &self.indices[at * self.bits as usize / 8..];
+            assert!(
+                bytes.len() >= (out.len() * self.bits as usize).div_ceil(8),
+                "palette: indices end early"
+            );
+            // SAFETY: these planes are made only on processors with the instructions, for 4 or 6 bits; the indices
+            // were checked to be there.
+            unsafe {
+                match self.bits {
+                    4 => crate::matvec::fixed::decode::<4>(bytes.as_ptr(), planes, out),
+                    _ => crate::matvec::fixed::decode::<6>(bytes.as_ptr(), planes, out),
+                }
+            }
+            return;
+        }
+        let table = self.table(row, col);
+        if self.bits == 8 {
+            let indices = &self.indices[at..at + out.len()];
+            out.iter_mut()
+                .zip(indices)
+                .for_each(|(out, index)| *out = table[usize::from(*index)]);
+            return;
+        }
         for (i, out) in out.iter_mut().enumerate() {
-            *out = self.table(row, first + i)[self.index(row * self.cols + first + i)];
+            *out = table[self.index(at + i)];
         }
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        let fixed = self
-            .fixed
-            .as_ref()
-            .map_or(0, |fixed| fixed.planes.len() + size_of_val(&fixed.scales[..]));
+        let fixed = self.fixed.as_ref().map_or(0, |fixed| {
+            let halves = fixed.halves.as_ref().map_or(0, Vec::len);
+            fixed.planes.len() + halves + size_of_val(&fixed.scales[..])
+        });
         self.indices.len() + size_of_val(&self.table[..]) + fixed
     }
 }
@@ -132,7 +175,7 @@ mod tests {
                     packed[at / 8] |= ((index >> bit & 1) as u8) << (at % 8);
                 }
             }
-            let table: Vec<f32> = (0..3 * 2 << bits).map(|i| i as f32).collect();
+            let table: Vec<f32> = (0..6 << bits).map(|i| i as f32).collect();
             let lut = Lut::new((rows, cols), bits, packed.into(), table, (2, 4)).unwrap();
             for row in 0..rows {
                 let mut out = vec![0.0; cols - 1];

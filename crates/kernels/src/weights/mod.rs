@@ -152,6 +152,7 @@ impl Weights {
     ///
     /// # Errors
     /// When a length does not fit, a group is 0, or `bits` is none of the above.
+    #[allow(clippy::too_many_arguments)] // the parts of one stored tensor, named as its file names them
     pub fn lut(
         rows: usize,
         cols: usize,

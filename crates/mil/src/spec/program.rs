@@ -1,131 +1,110 @@
 //! `MILSpec.Program` of the protobuf becomes a [`Program`].
 
-use std::collections::HashMap;
-
 use bytes::Bytes;
 use coreml_proto::proto::mil_spec as pb;
 use pb::tensor_value::Value as Elements;
 use pb::value::immediate_value::Value as Immediate;
 
+use crate::blob::padding_bits;
 use crate::check::check_count;
 use crate::element::{Number, Packer};
 use crate::error::{Problem, problem};
 use crate::program::*;
+use crate::wire::{self, Entry, read_map};
 
 type Result<T> = std::result::Result<T, Problem>;
 
 /// Reads a program. Functions, attributes and arguments, which the protobuf keeps in unordered maps, are sorted by name.
-pub(crate) fn convert(program: &pb::Program) -> Result<Program> {
+pub(crate) fn convert(program: wire::Program) -> Result<Program> {
     if program.version != 1 {
         return Err(problem!(
             "program version {}, version 1 is supported",
             program.version
         ));
     }
-    let mut functions = Vec::new();
-    for (name, f) in sorted(&program.functions) {
-        functions.push(function(name, f).map_err(|p| p.within(format!("function {name:?}")))?);
-    }
+    let functions = read_map(program.functions, |name, f| {
+        function(name, f).map_err(|p| p.within(format!("function {name:?}")))
+    })?;
     Ok(Program {
         version: ProgramVersion::V1_0,
-        functions,
-        attributes: attributes(&program.attributes)?,
+        functions: functions.into_iter().map(|(_, f)| f).collect(),
+        attributes: attributes(program.attributes)?,
     })
 }
 
-fn sorted<V>(map: &HashMap<String, V>) -> Vec<(&String, &V)> {
-    let mut entries: Vec<_> = map.iter().collect();
-    entries.sort_by_key(|(name, _)| *name);
-    entries
-}
-
-fn function(name: &str, f: &pb::Function) -> Result<Function> {
-    let body = f.block_specializations.get(&f.opset).ok_or_else(|| {
-        let found: Vec<_> = sorted(&f.block_specializations)
-            .into_iter()
-            .map(|(name, _)| name)
-            .collect();
-        problem!("no block for its operation set {:?}, only for {found:?}", f.opset)
-    })?;
+fn function(name: &str, f: wire::Function) -> Result<Function> {
+    let found: Vec<_> = f
+        .block_specializations
+        .iter()
+        .map(|entry| entry.key.clone())
+        .collect();
+    let body = f
+        .block_specializations
+        .into_iter()
+        .rfind(|entry| entry.key == f.opset)
+        .and_then(|entry| entry.value)
+        .ok_or_else(|| problem!("no block for its operation set {:?}, only for {found:?}", f.opset))?;
     Ok(Function {
         name: name.to_string(),
-        opset: f.opset.clone(),
-        inputs: named_types(&f.inputs).map_err(|p| p.within("input"))?,
-        attributes: attributes(&f.attributes)?,
+        opset: f.opset,
+        inputs: named_types(f.inputs).map_err(|p| p.within("input"))?,
+        attributes: attributes(f.attributes)?,
         body: block(body)?,
     })
 }
 
-fn block(b: &pb::Block) -> Result<Block> {
+fn block(b: wire::Block) -> Result<Block> {
     let mut operations = Vec::with_capacity(b.operations.len());
-    for (i, op) in b.operations.iter().enumerate() {
-        operations.push(operation(op).map_err(|p| p.within(operation_place(i, op)))?);
+    for (i, op) in b.operations.into_iter().enumerate() {
+        let op_type = op.op_type.clone();
+        let output = op.outputs.first().map(|o| o.name.clone()).unwrap_or_default();
+        let converted = operation(op);
+        operations.push(converted.map_err(|p| p.within(format!("operation {i} {output:?} ({op_type})")))?);
     }
     Ok(Block {
-        inputs: named_types(&b.inputs).map_err(|p| p.within("block input"))?,
+        inputs: named_types(b.inputs).map_err(|p| p.within("block input"))?,
         operations,
-        outputs: b.outputs.clone(),
-        attributes: attributes(&b.attributes)?,
+        outputs: b.outputs,
+        attributes: attributes(b.attributes)?,
     })
 }
 
-fn operation_place(index: usize, op: &pb::Operation) -> String {
-    let output = op.outputs.first().map_or("", |o| o.name.as_str());
-    format!("operation {index} {output:?} ({})", op.r#type)
-}
-
-fn operation(op: &pb::Operation) -> Result<Operation> {
-    let mut inputs = Vec::with_capacity(op.inputs.len());
-    for (name, argument) in sorted(&op.inputs) {
-        let bindings = argument.arguments.iter().map(binding).collect::<Result<_>>();
-        inputs.push((
-            name.clone(),
-            bindings.map_err(|p| p.within(format!("input {name:?}")))?,
-        ));
-    }
+fn operation(op: wire::Operation) -> Result<Operation> {
+    let inputs = read_map(op.inputs, |name, argument| {
+        let bindings: Result<_> = argument.arguments.into_iter().map(binding).collect();
+        bindings.map_err(|p| p.within(format!("input {name:?}")))
+    })?;
+    let blocks = op.blocks.into_iter().enumerate();
     Ok(Operation {
-        op_type: op.r#type.clone(),
+        op_type: op.op_type,
         inputs,
-        outputs: named_types(&op.outputs).map_err(|p| p.within("output"))?,
-        attributes: attributes(&op.attributes)?,
-        blocks: op
-            .blocks
-            .iter()
-            .enumerate()
+        outputs: named_types(op.outputs).map_err(|p| p.within("output"))?,
+        attributes: attributes(op.attributes)?,
+        blocks: blocks
             .map(|(i, b)| block(b).map_err(|p| p.within(format!("block {i}"))))
             .collect::<Result<_>>()?,
     })
 }
 
-fn binding(b: &pb::argument::Binding) -> Result<Argument> {
-    match b.binding.as_ref().ok_or_else(|| problem!("bound to nothing"))? {
-        pb::argument::binding::Binding::Name(name) => Ok(Argument::Name(name.clone())),
+fn binding(b: pb::argument::Binding) -> Result<Argument> {
+    match b.binding.ok_or_else(|| problem!("bound to nothing"))? {
+        pb::argument::binding::Binding::Name(name) => Ok(Argument::Name(name)),
         pb::argument::binding::Binding::Value(v) => Ok(Argument::Value(value(v)?)),
     }
 }
 
-fn attributes(map: &HashMap<String, pb::Value>) -> Result<Attributes> {
-    sorted(map)
-        .into_iter()
-        .map(|(name, v)| {
-            Ok((
-                name.clone(),
-                value(v).map_err(|p| p.within(format!("attribute {name:?}")))?,
-            ))
-        })
-        .collect()
+fn attributes(map: Vec<Entry<pb::Value>>) -> Result<Attributes> {
+    read_map(map, |name, v| {
+        value(v).map_err(|p| p.within(format!("attribute {name:?}")))
+    })
 }
 
-fn named_types(list: &[pb::NamedValueType]) -> Result<Vec<NamedType>> {
-    list.iter()
-        .map(|n| {
-            let ty = optional_type(n.r#type.as_ref()).map_err(|p| p.within(format!("{:?}", n.name)))?;
-            Ok(NamedType {
-                name: n.name.clone(),
-                ty,
-            })
-        })
-        .collect()
+fn named_types(list: Vec<pb::NamedValueType>) -> Result<Vec<NamedType>> {
+    let read = |n: pb::NamedValueType| match optional_type(n.r#type.as_ref()) {
+        Ok(ty) => Ok(NamedType { name: n.name, ty }),
+        Err(p) => Err(p.within(format!("{:?}", n.name))),
+    };
+    list.into_iter().map(read).collect()
 }
 
 fn optional_type(ty: Option<&pb::ValueType>) -> Result<ValueType> {
@@ -215,35 +194,32 @@ fn dtype(number: i32) -> Result<DType> {
         .ok_or_else(|| problem!("unknown element type {number}"))
 }
 
-fn value(v: &pb::Value) -> Result<Value> {
+fn value(v: pb::Value) -> Result<Value> {
     let ty = optional_type(v.r#type.as_ref())?;
-    let data = match v.value.as_ref().ok_or_else(|| problem!("has no value"))? {
+    let data = match v.value.ok_or_else(|| problem!("has no value"))? {
         pb::value::Value::BlobFileValue(b) => ValueData::Blob(BlobRef {
-            path: b.file_name.clone(),
+            path: b.file_name,
             offset: b.offset,
         }),
         pb::value::Value::ImmediateValue(i) => {
-            immediate(&ty, i.value.as_ref().ok_or_else(|| problem!("has no value"))?)?
+            immediate(&ty, i.value.ok_or_else(|| problem!("has no value"))?)?
         }
     };
     Ok(Value { ty, data })
 }
 
-fn immediate(ty: &ValueType, v: &Immediate) -> Result<ValueData> {
+fn immediate(ty: &ValueType, v: Immediate) -> Result<ValueData> {
+    let values = |list: Vec<pb::Value>| list.into_iter().map(value).collect::<Result<_>>();
     match (ty, v) {
-        (ValueType::Tensor(t), Immediate::Tensor(v)) => tensor_data(t, v.value.as_ref()),
-        (ValueType::List { .. }, Immediate::List(l)) => Ok(ValueData::List(
-            l.values.iter().map(value).collect::<Result<_>>()?,
-        )),
-        (ValueType::Tuple(_), Immediate::Tuple(t)) => Ok(ValueData::Tuple(
-            t.values.iter().map(value).collect::<Result<_>>()?,
-        )),
+        (ValueType::Tensor(t), Immediate::Tensor(v)) => tensor_data(t, v.value),
+        (ValueType::List { .. }, Immediate::List(l)) => values(l.values).map(ValueData::List),
+        (ValueType::Tuple(_), Immediate::Tuple(t)) => values(t.values).map(ValueData::Tuple),
         (ValueType::Dictionary { .. }, Immediate::Dictionary(d)) => {
-            let half = |v: &Option<pb::Value>| value(v.as_ref().ok_or_else(|| problem!("half a pair"))?);
+            let half = |v: Option<pb::Value>| value(v.ok_or_else(|| problem!("half a pair"))?);
             let pairs = d
                 .values
-                .iter()
-                .map(|pair| Ok((half(&pair.key)?, half(&pair.value)?)));
+                .into_iter()
+                .map(|pair| Ok((half(pair.key)?, half(pair.value)?)));
             Ok(ValueData::Dictionary(pairs.collect::<Result<_>>()?))
         }
         _ => Err(problem!("the value is of another kind than its type")),
@@ -251,15 +227,13 @@ fn immediate(ty: &ValueType, v: &Immediate) -> Result<ValueData> {
 }
 
 /// Elements in the dtype's own width. Which list of the message holds them depends on the dtype and on who wrote it.
-fn tensor_data(ty: &TensorType, elements: Option<&Elements>) -> Result<ValueData> {
+fn tensor_data(ty: &TensorType, elements: Option<Elements>) -> Result<ValueData> {
     let dtype = ty.dtype;
-    if let Some(Elements::Strings(s)) = elements
-        && dtype == DType::String
-    {
-        check_count(ty, s.values.len())?;
-        return Ok(ValueData::Strings(s.values.clone()));
-    }
     let bytes = match elements {
+        Some(Elements::Strings(s)) if dtype == DType::String => {
+            check_count(ty, s.values.len())?;
+            return Ok(ValueData::Strings(s.values));
+        }
         None if dtype == DType::String => return empty(ty).map(|()| ValueData::Strings(Vec::new())),
         None => return empty(ty).map(|()| ValueData::Tensor(Bytes::new())),
         Some(Elements::Bytes(b)) => {
@@ -267,7 +241,7 @@ fn tensor_data(ty: &TensorType, elements: Option<&Elements>) -> Result<ValueData
             if dtype == DType::Bool && b.values.iter().any(|b| *b > 1) {
                 return Err(problem!("a boolean that is neither 0 nor 1"));
             }
-            b.values.clone()
+            without_padding(ty, b.values)
         }
         Some(Elements::Floats(f)) if dtype == DType::Fp32 => {
             check_count(ty, f.values.len())?;
@@ -285,6 +259,14 @@ fn tensor_data(ty: &TensorType, elements: Option<&Elements>) -> Result<ValueData
         Some(Elements::Strings(_)) => return Err(problem!("strings for a tensor of {dtype}")),
     };
     Ok(ValueData::Tensor(bytes.into()))
+}
+
+/// Clears the bits behind the last packed element, which some writers leave as they were.
+fn without_padding(ty: &TensorType, mut bytes: Vec<u8>) -> Vec<u8> {
+    if let Some(last) = bytes.last_mut() {
+        *last &= 0xff >> padding_bits(ty);
+    }
+    bytes
 }
 
 /// Unsigned types as wide as the list they are kept in use its sign bit.
@@ -387,10 +369,10 @@ mod tests {
             (tensor(DType::Uint32, &[1]), ints(&[-1]), &[255; 4]),
             (tensor(DType::Uint64, &[1]), longs(&[-1]), &[255; 8]),
             (tensor(DType::Bool, &[2]), bools, &[1, 0]),
-            (tensor(DType::Uint4, &[3]), bytes(&[0x21, 3]), &[0x21, 3]),
+            (tensor(DType::Uint4, &[3]), bytes(&[0x21, 0xf3]), &[0x21, 3]),
         ];
         for (ty, elements, expected) in cases {
-            let found = tensor_data(&ty, Some(&elements));
+            let found = tensor_data(&ty, Some(elements));
             assert_eq!(
                 found,
                 Ok(ValueData::Tensor(Bytes::copy_from_slice(expected))),
@@ -416,9 +398,9 @@ mod tests {
             (any(&[Dim::Unknown, Dim::Fixed(2)]), ints(&[1, 2, 3])),
         ];
         for (ty, elements) in cases {
-            assert!(tensor_data(&ty, Some(&elements)).is_err(), "{ty}");
+            assert!(tensor_data(&ty, Some(elements)).is_err(), "{ty}");
         }
-        assert!(tensor_data(&any(&[Dim::Unknown, Dim::Fixed(2)]), Some(&ints(&[1, 2, 3, 4]))).is_ok());
+        assert!(tensor_data(&any(&[Dim::Unknown, Dim::Fixed(2)]), Some(ints(&[1, 2, 3, 4]))).is_ok());
         assert!(tensor_data(&tensor(DType::Int32, &[1]), None).is_err());
         assert!(tensor_data(&tensor(DType::Int32, &[0]), None).is_ok());
     }

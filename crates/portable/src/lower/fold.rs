@@ -61,6 +61,14 @@ pub fn evaluate(
         floats.push(if is_float { vec![0.0; n] } else { Vec::new() });
         ints.push(if is_float { Vec::new() } else { vec![0; n] });
     }
+    if let Some((d, _)) = op.updates().and_then(|i| data.get(i)) {
+        // The result starts as a copy of the input it changes.
+        match (d, floats.first_mut(), ints.first_mut()) {
+            (Data::F32(v), Some(to), _) if to.len() == v.len() => to.copy_from_slice(v),
+            (Data::I32(v), _, Some(to)) if to.len() == v.len() => to.copy_from_slice(v),
+            _ => return Err("internal: an update of another kind".into()),
+        }
+    }
     let mut scratch = Scratch::default();
     let mut args = Args {
         inputs: Default::default(),
@@ -68,16 +76,8 @@ pub fn evaluate(
         pool,
         scratch: &mut scratch,
     };
-    let updated = op.updates();
-    if let Some((data, _)) = updated.and_then(|i| data.get(i)) {
-        match data {
-            Data::F32(v) => floats[0].copy_from_slice(v),
-            Data::I32(v) => ints[0].copy_from_slice(v),
-        }
-    }
-    for (i, (d, l)) in data.iter().enumerate() {
+    for (d, l) in &data {
         args.inputs.push(match d {
-            _ if updated == Some(i) => In::Result,
             Data::F32(v) => In::F32(view(v, l)?),
             Data::I32(v) => In::I32(view(v, l)?),
         });

@@ -98,6 +98,21 @@ pub fn missing_ops(block: &mil::Block) -> BTreeMap<String, usize> {
     missing
 }
 
+/// [`missing_ops`] over every function of a model; empty for models that are no ML Program.
+pub fn missing_ops_of(model: &mil::Model) -> BTreeMap<String, usize> {
+    let mut all = BTreeMap::new();
+    for function in model
+        .program()
+        .map(|p| p.functions.as_slice())
+        .unwrap_or_default()
+    {
+        for (name, n) in missing_ops(&function.body) {
+            *all.entry(name).or_insert(0) += n;
+        }
+    }
+    all
+}
+
 fn check_supported(block: &mil::Block) -> Result<(), Error> {
     let missing = missing_ops(block);
     if missing.is_empty() {

@@ -40,6 +40,19 @@ impl Op for Conv {
         storage == Storage::F32
     }
 
+    fn flops(&self, inputs: &[&Layout], outputs: &[&Layout]) -> u64 {
+        let positions = if self.transposed {
+            &inputs[0].shape
+        } else {
+            &outputs[0].shape
+        };
+        2 * (elements(positions) * self.weights.cols()) as u64
+    }
+
+    fn weight_bytes(&self) -> usize {
+        self.weights.bytes()
+    }
+
     fn run(&self, args: &mut Args<'_>) -> OpResult<()> {
         let (x, y) = (args.f32(0)?, args.out_f32(0)?);
         let residual = match args.inputs.get(1) {

@@ -31,6 +31,12 @@ impl std::fmt::Debug for Linear {
     }
 }
 
+/// Two operations for each weight and row.
+fn product_flops(weights: &Weights, x: &Layout) -> u64 {
+    let rows = elements(&x.shape) / weights.cols().max(1);
+    2 * (weights.rows() * weights.cols() * rows) as u64
+}
+
 /// `[.., k]` as a matrix `[rows, k]`, if strides allow.
 pub fn as_matrix(layout: &Layout) -> Option<Layout> {
     let k = layout.shape.last().copied().unwrap_or(1);
@@ -71,6 +77,14 @@ impl Op for Linear {
         let mut back: Shape = (1..=last).collect();
         back.push(0);
         Layout::contiguous(&turned).permute(&back)
+    }
+
+    fn flops(&self, inputs: &[&Layout], _outputs: &[&Layout]) -> u64 {
+        product_flops(&self.weights, inputs[0])
+    }
+
+    fn weight_bytes(&self) -> usize {
+        self.weights.bytes()
     }
 
     fn run(&self, args: &mut Args<'_>) -> OpResult<()> {
@@ -137,6 +151,14 @@ impl Op for Gated {
         storage == Storage::F32 && as_matrix(layout).is_some()
     }
 
+    fn flops(&self, inputs: &[&Layout], _outputs: &[&Layout]) -> u64 {
+        product_flops(&self.gate, inputs[0]) + product_flops(&self.up, inputs[0])
+    }
+
+    fn weight_bytes(&self) -> usize {
+        self.gate.bytes() + self.up.bytes()
+    }
+
     fn run(&self, args: &mut Args<'_>) -> OpResult<()> {
         let flat = "internal: a matrix view failed";
         let x = args.f32(0)?;
@@ -162,6 +184,9 @@ impl Op for Gated {
     }
 }
 
+/// A weight matrix and its bias, as the kernels take several of them.
+type Layer<'a> = (&'a Weights, Option<&'a [f32]>);
+
 /// Several products of one input: made by a pass.
 #[derive(Debug, Clone)]
 pub struct LinearMany {
@@ -178,13 +203,24 @@ impl Op for LinearMany {
         storage == Storage::F32 && as_matrix(layout).is_some()
     }
 
+    fn flops(&self, inputs: &[&Layout], _outputs: &[&Layout]) -> u64 {
+        self.layers
+            .iter()
+            .map(|l| product_flops(&l.weights, inputs[0]))
+            .sum()
+    }
+
+    fn weight_bytes(&self) -> usize {
+        self.layers.iter().map(|l| l.weights.bytes()).sum()
+    }
+
     fn run(&self, args: &mut Args<'_>) -> OpResult<()> {
         let flat = "internal: a matrix view failed";
         let x = args.f32(0)?;
         let lx = as_matrix(&layout_of(&x)).ok_or(flat)?;
         let rows = lx.shape[0];
         let x = kernels::View::new(x.data(), lx.offset, &lx.shape, &lx.strides).ok_or(flat)?;
-        let layers: SmallVec<[(&Weights, Option<&[f32]>); 4]> = self
+        let layers: SmallVec<[Layer<'_>; 4]> = self
             .layers
             .iter()
             .map(|l| (&l.weights, l.bias.as_deref()))
@@ -215,6 +251,11 @@ impl Op for MatMul {
 
     fn accepts(&self, index: usize, _layout: &Layout, storage: Storage) -> bool {
         storage == Storage::F32 || (index == 1 && storage == Storage::F16)
+    }
+
+    fn flops(&self, inputs: &[&Layout], outputs: &[&Layout]) -> u64 {
+        let depth = inputs[0].shape.last().copied().unwrap_or(1);
+        2 * (elements(&outputs[0].shape) * depth) as u64
     }
 
     fn run(&self, args: &mut Args<'_>) -> OpResult<()> {

@@ -55,6 +55,12 @@ impl Op for Attention {
         Layout::contiguous(&turned).permute(&order)
     }
 
+    fn flops(&self, inputs: &[&Layout], outputs: &[&Layout]) -> u64 {
+        // Scores and mixing over every key; masked ones, which are not read, included.
+        let keys = inputs[1].shape[inputs[1].shape.len() - 2];
+        2 * keys as u64 * (elements(&inputs[0].shape) + elements(&outputs[0].shape)) as u64
+    }
+
     fn run(&self, args: &mut Args<'_>) -> OpResult<()> {
         let (q, y) = (args.f32(0)?, args.out_f32(0)?);
         let (k, v) = (args.inputs[1], args.inputs[2]);

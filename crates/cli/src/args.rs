@@ -1,0 +1,266 @@
+//! The command line: commands, options and their help.
+
+use std::path::PathBuf;
+
+use candle_coreml::{ComputeUnits, EngineKind, Numerics};
+use candle_coreml_llm::{LoadOptions, Sampling};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed; 2 wrong use; 3 the model has operators the portable engine lacks \
+                          (ops); 130 interrupted.";
+
+/// Inspect, run, benchmark and chat with Core ML models on any machine.
+#[derive(Debug, Parser)]
+#[command(name = "candle-coreml", version, after_help = EXIT_CODES, propagate_version = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Show a model's functions, inputs, outputs, states, operators, weights and metadata.
+    Inspect {
+        /// A .mlpackage, .mlmodel or .mlmodelc, or a language-model folder.
+        model: PathBuf,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Count a model's operators and name those the portable engine lacks.
+    Ops {
+        /// A .mlpackage, .mlmodel or .mlmodelc.
+        model: PathBuf,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Run a model once on arrays from files.
+    Predict(PredictArgs),
+    /// Continue a prompt; without BUNDLE with the demo model inside this program.
+    Generate(GenerateArgs),
+    /// Talk with a model; without BUNDLE with the demo model inside this program.
+    Chat(ChatArgs),
+    /// Measure prefill and decode; without BUNDLE those of the demo model inside this program.
+    Bench(BenchArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct PredictArgs {
+    /// A .mlpackage, .mlmodel or .mlmodelc.
+    pub model: PathBuf,
+    /// The function to run; without it the model's default.
+    #[arg(long, value_name = "NAME")]
+    pub function: Option<String>,
+    /// NAME=FILE.npy, NAME=FILE.npz:ARRAY, NAME=FILE.npz (its array NAME), FILE.npz (all its arrays), or NAME=VALUE
+    /// for numbers and strings. Repeat for several.
+    #[arg(long = "input", short = 'i', value_name = "INPUT")]
+    pub inputs: Vec<String>,
+    /// Folder for one .npy file an output, or a .npz file for all.
+    #[arg(long, short = 'o', value_name = "DIR")]
+    pub output: PathBuf,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    /// A language-model folder.
+    pub bundle: Option<PathBuf>,
+    /// The text to continue; `-` reads it from standard input.
+    #[arg(long, short = 'p', value_name = "TEXT")]
+    pub prompt: String,
+    /// Feed the prompt as it is: special tokens written in it are recognised, no chat template is applied.
+    #[arg(long)]
+    pub raw: bool,
+    /// A system message before the prompt.
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
+    pub system: Option<String>,
+    /// Most tokens to generate.
+    #[arg(long, short = 'n', value_name = "N", default_value_t = 256)]
+    pub max_tokens: usize,
+    /// 0 takes the best token always.
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    pub temperature: f32,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// Where the random numbers start: the same seed gives the same text.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// Print one JSON object instead of the text.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct ChatArgs {
+    /// A language-model folder.
+    pub bundle: Option<PathBuf>,
+    /// A system message before the first turn.
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Most tokens of an answer.
+    #[arg(long, short = 'n', value_name = "N", default_value_t = 512)]
+    pub max_tokens: usize,
+    /// 0 takes the best token always.
+    #[arg(long, value_name = "T", default_value_t = 0.7)]
+    pub temperature: f32,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// Where the random numbers start; without it they differ every time.
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// A language-model folder.
+    pub bundle: Option<PathBuf>,
+    /// Prompt lengths to prefill, with commas.
+    #[arg(
+        long = "n-prompt",
+        short = 'p',
+        value_name = "N,...",
+        value_delimiter = ',',
+        default_value = "64,256"
+    )]
+    pub prompts: Vec<usize>,
+    /// Numbers of tokens to decode, with commas.
+    #[arg(
+        long = "n-gen",
+        short = 'n',
+        value_name = "N,...",
+        value_delimiter = ',',
+        default_value = "64"
+    )]
+    pub generations: Vec<usize>,
+    /// How often each is measured.
+    #[arg(long = "repetitions", short = 'r', value_name = "N", default_value_t = 5,
+          value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
+    pub repetitions: usize,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct SamplingArgs {
+    /// Choose among this many of the best tokens; 0 for all.
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub top_k: usize,
+    /// Choose among the best tokens that together have this probability.
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub top_p: f32,
+    /// Choose among tokens with at least this part of the best one's probability.
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    pub min_p: f32,
+}
+
+impl SamplingArgs {
+    pub fn with(&self, temperature: f32, seed: u64) -> Sampling {
+        Sampling {
+            temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            seed,
+        }
+    }
+}
+
+/// Which engine runs a model and how.
+#[derive(Debug, Args)]
+pub struct EngineArgs {
+    /// The engine; auto is CoreML.framework on Apple systems, the portable engine elsewhere.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub engine: EngineName,
+    /// The processors CoreML.framework may use.
+    #[arg(long, value_enum, default_value = "all")]
+    pub compute_units: UnitsName,
+    /// How the portable engine computes.
+    #[arg(long, value_enum, default_value = "default")]
+    pub numerics: NumericsName,
+    /// Threads of the portable engine; 0 for one a core.
+    #[arg(long, short = 't', value_name = "N", default_value_t = 0)]
+    pub threads: usize,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum EngineName {
+    Auto,
+    Portable,
+    Apple,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum UnitsName {
+    All,
+    Cpu,
+    CpuGpu,
+    CpuNe,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum NumericsName {
+    Default,
+    Faithful,
+    Fast,
+}
+
+impl EngineArgs {
+    pub fn load_options(&self) -> LoadOptions {
+        LoadOptions {
+            engine: match self.engine {
+                EngineName::Auto => EngineKind::Auto,
+                EngineName::Portable => EngineKind::Portable,
+                EngineName::Apple => EngineKind::Apple,
+            },
+            compute_units: match self.compute_units {
+                UnitsName::All => ComputeUnits::All,
+                UnitsName::Cpu => ComputeUnits::CpuOnly,
+                UnitsName::CpuGpu => ComputeUnits::CpuAndGpu,
+                UnitsName::CpuNe => ComputeUnits::CpuAndNeuralEngine,
+            },
+            numerics: match self.numerics {
+                NumericsName::Default => Numerics::Default,
+                NumericsName::Faithful => Numerics::Faithful,
+                NumericsName::Fast => Numerics::Fast,
+            },
+            threads: self.threads,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn documented_calls_parse() {
+        for line in [
+            "inspect m.mlpackage --json",
+            "ops m.mlpackage",
+            "predict m.mlpackage --function f --input x=a.npy --input y=b.npz --output out",
+            "generate --prompt hi",
+            "generate dir --prompt - --raw --max-tokens 3 --temperature 1 --top-k 4 --top-p 0.9 --min-p 0.1 --seed 7 --json",
+            "chat",
+            "chat dir --seed 3",
+            "bench -p 64,256 -n 64 -r 5 --json -t 2",
+        ] {
+            let words = std::iter::once("candle-coreml").chain(line.split(' '));
+            assert!(Cli::try_parse_from(words).is_ok(), "{line}");
+        }
+    }
+}

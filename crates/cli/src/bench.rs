@@ -1,0 +1,254 @@
+//! `bench`: tokens a second of prefill and decode, in llama-bench's form.
+
+use std::io::Write;
+use std::time::Instant;
+
+use candle_coreml_llm::{Bundle, LanguageModel, Prediction};
+use candle_coreml_mil as mil;
+use serde::Serialize;
+
+use crate::args::BenchArgs;
+use crate::failure::{DONE, Failure, INTERRUPTED, Outcome};
+use crate::{demo, interrupt, terminal};
+
+/// One row: what was measured, how often, how fast.
+#[derive(Debug, Serialize)]
+struct Row {
+    model: String,
+    model_size_bytes: u64,
+    engine: String,
+    threads: usize,
+    n_prompt: usize,
+    n_gen: usize,
+    avg_ns: f64,
+    stddev_ns: f64,
+    avg_ts: f64,
+    stddev_ts: f64,
+    samples_ns: Vec<u64>,
+    samples_ts: Vec<f64>,
+}
+
+/// What is measured: a prompt of so many tokens, or so many tokens one by one.
+#[derive(Debug, Clone, Copy)]
+enum Test {
+    Prefill(usize),
+    Decode(usize),
+}
+
+impl Test {
+    fn tokens(self) -> usize {
+        let (Test::Prefill(tokens) | Test::Decode(tokens)) = self;
+        tokens
+    }
+
+    fn name(self) -> String {
+        match self {
+            Test::Prefill(tokens) => format!("pp{tokens}"),
+            Test::Decode(tokens) => format!("tg{tokens}"),
+        }
+    }
+}
+
+pub fn run(args: &BenchArgs) -> Outcome {
+    interrupt::install()?;
+    let bundle = demo::bundle(args.bundle.as_deref())?;
+    let spinner = terminal::spinner(format!("opening {}", bundle.name()));
+    let model = bundle.load(&args.engine.load_options());
+    spinner.finish_and_clear();
+    let mut model = model?;
+    let prefills = args.prompts.iter().map(|&n| Test::Prefill(n));
+    let tests: Vec<Test> = prefills
+        .chain(args.generations.iter().map(|&n| Test::Decode(n)))
+        .filter(|t| t.tokens() > 0)
+        .collect();
+    check(&tests, model.as_ref())?;
+    let bar = terminal::bar("measuring", (tests.len() * (args.repetitions + 1)) as u64);
+    let mut rows = Vec::new();
+    for test in tests {
+        let mut samples = Vec::new();
+        // The first run warms caches and plans and is not counted.
+        for repetition in 0..=args.repetitions {
+            let Some(ns) = measure(model.as_mut(), test)? else {
+                return Ok(INTERRUPTED);
+            };
+            if repetition > 0 {
+                samples.push(ns);
+            }
+            bar.inc(1);
+        }
+        rows.push(row(&bundle, args, test, samples)?);
+    }
+    bar.finish_and_clear();
+    print(&rows, args.json)
+}
+
+fn check(tests: &[Test], model: &dyn LanguageModel) -> Result<(), Failure> {
+    let context = model.context_tokens();
+    match tests.iter().find(|test| test.tokens() > context) {
+        Some(test) => Err(Failure::usage(format!(
+            "{} does not fit the context of {context} tokens",
+            test.name()
+        ))),
+        None if tests.is_empty() => Err(Failure::usage("nothing to measure: -p and -n are empty or 0")),
+        None => Ok(()),
+    }
+}
+
+/// Nanoseconds of one run, `None` after Ctrl-C.
+fn measure(model: &mut dyn LanguageModel, test: Test) -> Result<Option<u64>, Failure> {
+    let tokens = some_tokens(test.tokens(), model.vocabulary());
+    let start = Instant::now();
+    let mut done = 0;
+    while done < tokens.len() {
+        if interrupt::asked() {
+            return Ok(None);
+        }
+        match test {
+            Test::Prefill(_) => done = model.prefill(&tokens, done)?,
+            Test::Decode(_) => {
+                done += 1;
+                if let Prediction::Logits(logits) = model.decode(&tokens[..done])? {
+                    std::hint::black_box(logits);
+                }
+            }
+        }
+    }
+    Ok(Some(
+        u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX),
+    ))
+}
+
+/// Tokens spread over the vocabulary, the same every time.
+fn some_tokens(count: usize, vocabulary: usize) -> Vec<u32> {
+    let mut state = 1u64;
+    let mut next = || {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) % (vocabulary.max(1) as u64)
+    };
+    (0..count).map(|_| u32::try_from(next()).unwrap_or(0)).collect()
+}
+
+fn row(bundle: &Bundle, args: &BenchArgs, test: Test, samples_ns: Vec<u64>) -> Result<Row, Failure> {
+    let options = args.engine.load_options();
+    let (n_prompt, n_gen) = match test {
+        Test::Prefill(tokens) => (tokens, 0),
+        Test::Decode(tokens) => (0, tokens),
+    };
+    let samples_ts: Vec<f64> = samples_ns
+        .iter()
+        .map(|&ns| test.tokens() as f64 * 1e9 / ns as f64)
+        .collect();
+    let (avg_ns, stddev_ns) = mean_and_deviation(&samples_ns.iter().map(|&ns| ns as f64).collect::<Vec<_>>());
+    let (avg_ts, stddev_ts) = mean_and_deviation(&samples_ts);
+    let threads = match options.threads {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        threads => threads,
+    };
+    Ok(Row {
+        model: bundle.name(),
+        model_size_bytes: size(bundle)?,
+        engine: options.engine.to_string(),
+        threads,
+        n_prompt,
+        n_gen,
+        avg_ns,
+        stddev_ns,
+        avg_ts,
+        stddev_ts,
+        samples_ns,
+        samples_ts,
+    })
+}
+
+/// Bytes of the weights of all packages.
+fn size(bundle: &Bundle) -> Result<u64, Failure> {
+    let parts = bundle.parts();
+    let files = [&parts.embeddings]
+        .into_iter()
+        .chain(&parts.chunks)
+        .chain([&parts.head]);
+    let mut total = 0;
+    for file in files {
+        let model = match (bundle.files().path(), bundle.files().below(file)) {
+            (Some(path), _) => mil::Model::open(path.join(file))?,
+            (None, inside) => {
+                let rooted = inside
+                    .unwrap_or_default()
+                    .into_iter()
+                    .map(|(p, b)| (format!("{file}/{p}"), b));
+                mil::Model::open_source(mil::Source::memory(rooted.collect()), file)?
+            }
+        };
+        total += model.content_size_bytes();
+    }
+    Ok(total)
+}
+
+/// Mean and sample deviation.
+fn mean_and_deviation(samples: &[f64]) -> (f64, f64) {
+    let count = samples.len() as f64;
+    let mean = samples.iter().sum::<f64>() / count;
+    if samples.len() < 2 {
+        return (mean, 0.0);
+    }
+    let squares: f64 = samples.iter().map(|s| (s - mean).powi(2)).sum();
+    (mean, (squares / (count - 1.0)).sqrt())
+}
+
+fn print(rows: &[Row], json: bool) -> Outcome {
+    let mut out = terminal::out();
+    if json {
+        writeln!(out, "{}", serde_json::to_string_pretty(rows)?)?;
+        return Ok(DONE);
+    }
+    let name = rows.iter().map(|row| row.model.len()).max().unwrap_or(0).max(5);
+    writeln!(
+        out,
+        "| {:<name$} | {:>10} | {:<8} | {:>7} | {:>8} | {:>18} |",
+        "model", "size", "engine", "threads", "test", "t/s"
+    )?;
+    writeln!(
+        out,
+        "| {:-<name$} | ---------: | -------- | ------: | -------: | -----------------: |",
+        ""
+    )?;
+    for row in rows {
+        let test = if row.n_gen == 0 {
+            Test::Prefill(row.n_prompt)
+        } else {
+            Test::Decode(row.n_gen)
+        };
+        let speed = format!("{:.2} ± {:.2}", row.avg_ts, row.stddev_ts);
+        let size = terminal::bytes(row.model_size_bytes);
+        writeln!(
+            out,
+            "| {:<name$} | {size:>10} | {:<8} | {:>7} | {:>8} | {speed:>18} |",
+            row.model,
+            row.engine,
+            row.threads,
+            test.name()
+        )?;
+    }
+    Ok(DONE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn deviation_is_that_of_a_sample() {
+        assert_eq!(mean_and_deviation(&[2.0, 4.0, 6.0]), (4.0, 2.0));
+        assert_eq!(mean_and_deviation(&[5.0]), (5.0, 0.0));
+    }
+
+    #[test]
+    fn measured_tokens_are_in_the_vocabulary_and_always_the_same() {
+        let tokens = some_tokens(1000, 300);
+        assert!(tokens.iter().all(|&t| t < 300));
+        assert!(tokens.iter().collect::<std::collections::BTreeSet<_>>().len() > 250);
+        assert_eq!(tokens, some_tokens(1000, 300));
+    }
+}

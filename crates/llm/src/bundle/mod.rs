@@ -1,0 +1,400 @@
+//! Bundles: the files that make one language model.
+
+mod config;
+mod files;
+mod meta;
+mod parts;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_coreml::{ComputeUnits, CoreMLModelBuilder, EngineKind, Numerics, Source};
+
+use crate::anemll::{AnemllModel, Components, CoreMlPart, Vocabulary};
+use crate::model::LanguageModel;
+use crate::template::{ChatTemplate, Message};
+use crate::tokenizer::Tokenizer;
+use crate::{Error, Session};
+pub use config::Configs;
+pub use files::Files;
+pub use meta::Meta;
+pub use parts::PartFiles;
+
+/// From this version on, converters say in `meta.yaml` whether batched prefill is valid; before it, it is.
+const SAYS_WHETHER_PREFILL_IS_VALID: [u32; 3] = [0, 3, 5];
+
+/// The files of one language model, read and checked, its packages found but not opened.
+///
+/// ```no_run
+/// use candle_coreml_llm::{Bundle, GenerateOptions};
+///
+/// let bundle = Bundle::open("models/tales")?;
+/// let mut session = bundle.session(&Default::default())?;
+/// let prompt = bundle.tokenizer().encode("Once upon a time")?;
+/// for piece in session.generate(&prompt, &GenerateOptions::default())? {
+///     print!("{}", piece?.text);
+/// }
+/// # Ok::<(), candle_coreml_llm::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Bundle {
+    files: Files,
+    meta: Meta,
+    configs: Configs,
+    tokenizer: Arc<Tokenizer>,
+    template: Option<Arc<ChatTemplate>>,
+    parts: PartFiles,
+    end_tokens: Arc<[u32]>,
+}
+
+/// How the packages of a bundle are opened.
+#[derive(Debug, Clone, Default)]
+pub struct LoadOptions {
+    /// The engine that runs them.
+    pub engine: EngineKind,
+    /// The processors CoreML.framework may use.
+    pub compute_units: ComputeUnits,
+    /// How the portable engine computes.
+    pub numerics: Numerics,
+    /// Threads of the portable engine; 0 for the pool that all models share.
+    pub threads: usize,
+}
+
+impl Bundle {
+    /// Reads a folder.
+    ///
+    /// # Errors
+    /// [`Error::MissingFile`] and [`Error::MissingPart`] with what is not there, [`Error::Malformed`] with what cannot
+    /// be read, [`Error::Unsupported`] for layouts this version does not run.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, Error> {
+        let path = path.as_ref();
+        let metadata = std::fs::metadata(path);
+        let metadata = metadata.map_err(|source| Error::Read {
+            file: path.display().to_string(),
+            source,
+        })?;
+        if !metadata.is_dir() {
+            let reason =
+                "a bundle is a folder with meta.yaml, tokenizer.json and packages; this is a file".to_owned();
+            return Err(Error::Malformed {
+                file: path.display().to_string(),
+                reason,
+            });
+        }
+        Self::from_files(Files::directory(path))
+    }
+
+    /// Reads files from wherever they are.
+    ///
+    /// # Errors
+    /// As [`Bundle::open`].
+    pub fn from_files(files: Files) -> Result<Self, Error> {
+        let meta = match files.read("meta.yaml")? {
+            Some(text) => Meta::parse(&files.full_name("meta.yaml"), &text)?,
+            None => Meta::default(),
+        };
+        refuse_other_layouts(&files, &meta)?;
+        let parts = PartFiles::find(&files, &meta)?;
+        let configs = Configs::read(&files)?;
+        let json = files.read("tokenizer.json")?.ok_or_else(|| Error::MissingFile {
+            bundle: files.name(),
+            file: "tokenizer.json".to_owned(),
+            purpose: "vocabulary and rules of the text",
+        })?;
+        let tokenizer = Arc::new(Tokenizer::parse(&files.full_name("tokenizer.json"), &json)?);
+        let template = read_template(&configs)?.map(Arc::new);
+        let end_tokens = end_tokens(&configs, &tokenizer, template.as_deref()).into();
+        Ok(Bundle {
+            files,
+            meta,
+            configs,
+            tokenizer,
+            template,
+            parts,
+            end_tokens,
+        })
+    }
+
+    /// Opens the packages and wires them.
+    ///
+    /// # Errors
+    /// [`Error::Engine`] when a package cannot be opened or run, [`Error::Wiring`] when packages do not fit each other.
+    pub fn load(&self, options: &LoadOptions) -> Result<Box<dyn LanguageModel>, Error> {
+        let open = |file: &String| self.open_part(file, options);
+        let components = Components {
+            embeddings: open(&self.parts.embeddings)?,
+            chunks: self.parts.chunks.iter().map(open).collect::<Result<_, _>>()?,
+            head: open(&self.parts.head)?,
+            context: self.context_tokens(),
+            vocabulary: Vocabulary {
+                size: self
+                    .configs
+                    .number("vocab_size")
+                    .or_else(|| self.meta.number("vocab_size")),
+                part_sizes: self.meta.numbers("lm_head_chunk_sizes"),
+            },
+            batched_prefill: self.batched_prefill(),
+        };
+        let model = AnemllModel::new(components)?;
+        tracing::info!(
+            bundle = self.name(),
+            context = model.context_tokens(),
+            "opened a language model"
+        );
+        Ok(Box::new(model))
+    }
+
+    /// Opens the packages and starts a conversation.
+    ///
+    /// # Errors
+    /// As [`Bundle::load`].
+    pub fn session(&self, options: &LoadOptions) -> Result<Session, Error> {
+        Ok(Session::new(
+            self.load(options)?,
+            Arc::clone(&self.tokenizer),
+            Arc::clone(&self.end_tokens),
+        ))
+    }
+
+    /// The model's name, or the folder's.
+    pub fn name(&self) -> String {
+        self.meta.name().unwrap_or_else(|| self.files.name())
+    }
+
+    /// Where the files are.
+    pub fn files(&self) -> &Files {
+        &self.files
+    }
+
+    /// What `meta.yaml` says.
+    pub fn meta(&self) -> &Meta {
+        &self.meta
+    }
+
+    /// What the JSON files say.
+    pub fn configs(&self) -> &Configs {
+        &self.configs
+    }
+
+    /// The packages.
+    pub fn parts(&self) -> &PartFiles {
+        &self.parts
+    }
+
+    /// Text to ids and back.
+    pub fn tokenizer(&self) -> &Arc<Tokenizer> {
+        &self.tokenizer
+    }
+
+    /// Messages to text.
+    ///
+    /// # Errors
+    /// [`Error::NoTemplate`] when the bundle has none.
+    pub fn template(&self) -> Result<&Arc<ChatTemplate>, Error> {
+        self.template.as_ref().ok_or_else(|| Error::NoTemplate {
+            bundle: self.files.name(),
+        })
+    }
+
+    /// Tokens that end an answer: those of the configurations, and the one the chat template closes an answer with.
+    pub fn end_tokens(&self) -> &Arc<[u32]> {
+        &self.end_tokens
+    }
+
+    /// Tokens a conversation may have, where the bundle says so. A sliding window is the limit where packages for
+    /// positions past it are not in use.
+    pub fn context_tokens(&self) -> Option<usize> {
+        let context = self.meta.number("context_length");
+        let window = self.meta.number("sliding_window");
+        [context, window].into_iter().flatten().min()
+    }
+
+    /// False for bundles whose batched prefill is known, or not known not, to write wrong cache slots.
+    pub fn batched_prefill(&self) -> bool {
+        let declared = self.meta.flag("update_mask_prefill") || self.meta.flag("prefill_dynamic_slice");
+        declared
+            || self
+                .meta
+                .version()
+                .is_some_and(|version| version < SAYS_WHETHER_PREFILL_IS_VALID)
+    }
+
+    fn open_part(&self, file: &String, options: &LoadOptions) -> Result<CoreMlPart, Error> {
+        let builder = match (self.files.path(), self.files.below(file)) {
+            (None, Some(inside)) => {
+                let rooted: BTreeMap<_, _> = inside
+                    .into_iter()
+                    .map(|(path, bytes)| (format!("{file}/{path}"), bytes))
+                    .collect();
+                CoreMLModelBuilder::from_source(Source::memory(rooted), file)
+            }
+            (path, _) => CoreMLModelBuilder::new(path.unwrap_or(Path::new("")).join(file)),
+        };
+        let model = builder
+            .engine(options.engine)
+            .compute_units(options.compute_units)
+            .numerics(options.numerics)
+            .threads(options.threads)
+            .load()
+            .map_err(|e| Error::Engine {
+                part: self.files.full_name(file),
+                source: Box::new(e),
+            })?;
+        Ok(CoreMlPart::new(file, model))
+    }
+}
+
+fn refuse_other_layouts(files: &Files, meta: &Meta) -> Result<(), Error> {
+    let unsupported = |what: &str| {
+        Err(Error::Unsupported {
+            file: files.name(),
+            what: what.to_owned(),
+        })
+    };
+    if meta.model_type().is_some_and(|kind| kind == "monolithic") {
+        return unsupported(
+            "a monolithic bundle; supported: embeddings, FFN_PF chunks and lm_head as separate packages",
+        );
+    }
+    let has = |file: &str| files.contains(file);
+    if !has("meta.yaml") && (has("model.mlpackage") || has("model.mlmodelc")) {
+        return unsupported(
+            "a single package; supported: embeddings, FFN_PF chunks and lm_head as separate packages",
+        );
+    }
+    Ok(())
+}
+
+fn read_template(configs: &Configs) -> Result<Option<ChatTemplate>, Error> {
+    let Some(source) = configs.chat_template() else {
+        return Ok(None);
+    };
+    let token = |key: &str| {
+        let text = configs.special_token(key).unwrap_or_default();
+        (key.to_owned(), serde_json::Value::from(text))
+    };
+    let variables = ["bos_token", "eos_token", "pad_token", "unk_token"].map(token);
+    ChatTemplate::parse(source, variables.into()).map(Some)
+}
+
+fn end_tokens(configs: &Configs, tokenizer: &Tokenizer, template: Option<&ChatTemplate>) -> Vec<u32> {
+    let mut ends = configs.end_token_ids();
+    ends.extend(
+        configs
+            .special_token("eos_token")
+            .and_then(|token| tokenizer.id(token)),
+    );
+    ends.extend(template.and_then(|template| closing_token(template, tokenizer)));
+    ends.sort_unstable();
+    ends.dedup();
+    ends
+}
+
+/// The special token a template writes right after an answer.
+fn closing_token(template: &ChatTemplate, tokenizer: &Tokenizer) -> Option<u32> {
+    const ANSWER: &str = "an answer without an end";
+    let talk = [Message::user("a question"), Message::assistant(ANSWER)];
+    let text = template.render(&talk, false).ok()?;
+    let (_, after) = text.rsplit_once(ANSWER)?;
+    let first = *tokenizer.encode(after).ok()?.first()?;
+    tokenizer.is_special(first).then_some(first)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tokenizer::tests::bytes_tokenizer_json;
+    use bytes::Bytes;
+
+    fn files(more: &[(&str, &str)]) -> Files {
+        let packages = ["x_embeddings", "x_FFN_PF_chunk_01of01", "x_lm_head"];
+        let manifests = packages.map(|p| (format!("{p}.mlpackage/Manifest.json"), Bytes::from_static(b"{}")));
+        let json = ("tokenizer.json".to_owned(), Bytes::from(bytes_tokenizer_json()));
+        let more = more
+            .iter()
+            .map(|(n, t)| ((*n).to_owned(), Bytes::copy_from_slice(t.as_bytes())));
+        Files::memory("b", manifests.into_iter().chain([json]).chain(more))
+    }
+
+    #[test]
+    fn end_tokens_come_from_configurations_and_the_template() {
+        let config = ("config.json", r#"{"eos_token_id": 7}"#);
+        let named = ("tokenizer_config.json", r#"{"eos_token": "<end>"}"#);
+        let template = (
+            "chat_template.jinja",
+            "{% for m in messages %}{{ m.content }}<turn>\n{% endfor %}",
+        );
+        let silent = (
+            "chat_template.jinja",
+            "{% for m in messages %}{{ m.content }}\n{% endfor %}",
+        );
+        for (more, expected) in [
+            (vec![], vec![]),
+            (vec![config], vec![7]),
+            (vec![config, named, template], vec![7, 259, 260]),
+            (vec![silent], vec![]),
+        ] {
+            assert_eq!(
+                **Bundle::from_files(files(&more)).unwrap().end_tokens(),
+                *expected,
+                "{more:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn batches_are_used_where_the_converter_vouches_for_them() {
+        for (meta, expected) in [
+            ("model_info: {version: 0.3.4}", true),
+            ("model_info: {version: 0.3.5}", false),
+            (
+                "model_info: {version: 0.3.5, parameters: {update_mask_prefill: true}}",
+                true,
+            ),
+            (
+                "model_info: {version: 1.0.0, parameters: {prefill_dynamic_slice: true}}",
+                true,
+            ),
+            ("model_info: {name: x}", false),
+        ] {
+            let bundle = Bundle::from_files(files(&[("meta.yaml", meta)])).unwrap();
+            assert_eq!(bundle.batched_prefill(), expected, "{meta}");
+        }
+    }
+
+    #[test]
+    fn a_sliding_window_bounds_the_context() {
+        let meta = "model_info: {parameters: {context_length: 4096, sliding_window: 512}}";
+        let bundle = Bundle::from_files(files(&[("meta.yaml", meta)])).unwrap();
+        assert_eq!(bundle.context_tokens(), Some(512));
+    }
+
+    #[test]
+    fn what_is_missing_or_not_run_is_said() {
+        let error = |files: Files| Bundle::from_files(files).unwrap_err().to_string();
+        let mono = files(&[("meta.yaml", "model_info: {model_type: monolithic}")]);
+        assert!(error(mono).contains("b: not supported: a monolithic bundle"));
+        let single = Files::memory("b", [("model.mlpackage/Manifest.json".to_owned(), Bytes::new())]);
+        assert!(error(single).contains("a single package"));
+        let packages = ["x_embeddings", "x_FFN_PF_chunk_01of01", "x_lm_head"];
+        let bare = packages.map(|p| (format!("{p}.mlpackage/Manifest.json"), Bytes::new()));
+        assert_eq!(
+            error(Files::memory("b", bare)),
+            "b: `tokenizer.json` is missing (vocabulary and rules of the text)"
+        );
+        let missing = Bundle::open("/no/such/folder").unwrap_err().to_string();
+        assert!(
+            missing.starts_with("/no/such/folder: cannot be read"),
+            "{missing}"
+        );
+        let untemplated = Bundle::from_files(files(&[])).unwrap();
+        assert!(
+            untemplated
+                .template()
+                .unwrap_err()
+                .to_string()
+                .contains("no chat template")
+        );
+    }
+}

@@ -1,0 +1,231 @@
+//! Each pass on the spelling it is made for: the merged operation is there, and results with passes on and off agree.
+
+#![allow(clippy::unwrap_used)] // a test stops at what it did not expect
+
+use candle_coreml_mil::{self as mil, Dim, Source};
+use candle_coreml_portable::{Array, Data, Model, Options, OwnedArray};
+use std::sync::Arc;
+
+/// A spelling: its name, the body of the program, and the operations that must appear (and must not) after the passes.
+struct Case {
+    name: &'static str,
+    program: &'static str,
+    expect: &'static [&'static str],
+    gone: &'static [&'static str],
+}
+
+const CASES: &[Case] = &[
+    Case {
+        name: "RMS norm of a doubled vector",
+        program: "func main<ios17>(tensor<fp16, [1, 3, 8]> x) {
+            tensor<fp16, [1, 3, 8]> minus = mul(x = x, y = fp16(-0x1p+0));
+            tensor<fp16, [1, 3, 16]> both = concat(axis = int32(-1), interleave = bool(false), values = (x, minus));
+            tensor<fp16, [1, 3, 16]> normed = layer_norm(axes = tensor<int32, [1]>([-1]), epsilon = fp16(0x1p-14), x = both);
+            tensor<fp16, [1, 3, 8]> half = slice_by_index(begin = tensor<int32, [3]>([0, 0, 0]), end = tensor<int32, [3]>([1, 3, 8]),
+                end_mask = tensor<bool, [3]>([true, true, false]), x = normed);
+            tensor<fp16, [1, 3, 8]> y = mul(x = half, y = tensor<fp16, [8]>([0x1p+0, 0x1p-1, 0x1p-2, 0x1p+1, 0x1p+0, 0x1p+0, 0x1p-1, 0x1p+2]));
+        } -> (y);",
+        expect: &["RmsNorm(eps 6.1035156e-5, weight)"],
+        gone: &["LayerNorm", "Concat"],
+    },
+    Case {
+        name: "RMS norm by mean and reciprocal root",
+        program: "func main<ios17>(tensor<fp16, [1, 3, 8]> x) {
+            tensor<fp32, [1, 3, 8]> wide = cast(dtype = string(\"fp32\"), x = x);
+            tensor<fp32, [1, 3, 8]> square = pow(x = wide, y = fp32(0x1p+1));
+            tensor<fp32, [1, 3, 1]> mean = reduce_mean(axes = tensor<int32, [1]>([-1]), keep_dims = bool(true), x = square);
+            tensor<fp32, [1, 3, 1]> safe = add(x = mean, y = fp32(0x1p-14));
+            tensor<fp32, [1, 3, 1]> root = rsqrt(epsilon = fp32(0x1p-40), x = safe);
+            tensor<fp16, [1, 3, 1]> factor = cast(dtype = string(\"fp16\"), x = root);
+            tensor<fp16, [1, 3, 8]> y = mul(x = x, y = factor);
+        } -> (y);",
+        expect: &["RmsNorm"],
+        gone: &["Rsqrt", "ReduceNode"],
+    },
+    Case {
+        name: "softmax spelled out",
+        program: "func main<ios17>(tensor<fp16, [2, 3, 8]> x) {
+            tensor<fp16, [2, 3, 1]> top = reduce_max(axes = tensor<int32, [1]>([-1]), keep_dims = bool(true), x = x);
+            tensor<fp16, [2, 3, 8]> low = sub(x = x, y = top);
+            tensor<fp16, [2, 3, 8]> e = exp(x = low);
+            tensor<fp16, [2, 3, 1]> sum = reduce_sum(axes = tensor<int32, [1]>([-1]), keep_dims = bool(true), x = e);
+            tensor<fp16, [2, 3, 8]> y = real_div(x = e, y = sum);
+        } -> (y);",
+        expect: &["Softmax"],
+        gone: &["Exp", "ReduceNode"],
+    },
+    Case {
+        name: "rotary embedding on halves",
+        program: "func main<ios17>(tensor<fp16, [1, 2, 3, 8]> x, tensor<fp16, [1, 1, 3, 4]> cos, tensor<fp16, [1, 1, 3, 4]> sin) {
+            tensor<fp16, [1, 2, 3, 4]> a = slice_by_index(begin = tensor<int32, [4]>([0, 0, 0, 0]), end = tensor<int32, [4]>([1, 2, 3, 4]), x = x);
+            tensor<fp16, [1, 2, 3, 4]> b = slice_by_index(begin = tensor<int32, [4]>([0, 0, 0, 4]), end = tensor<int32, [4]>([1, 2, 3, 8]), x = x);
+            tensor<fp16, [1, 2, 3, 4]> ac = mul(x = a, y = cos);
+            tensor<fp16, [1, 2, 3, 4]> bs = mul(x = b, y = sin);
+            tensor<fp16, [1, 2, 3, 4]> low = sub(x = ac, y = bs);
+            tensor<fp16, [1, 2, 3, 4]> bc = mul(x = b, y = cos);
+            tensor<fp16, [1, 2, 3, 4]> as = mul(x = a, y = sin);
+            tensor<fp16, [1, 2, 3, 4]> high = add(x = bc, y = as);
+            tensor<fp16, [1, 2, 3, 8]> y = concat(axis = int32(-1), interleave = bool(false), values = (low, high));
+        } -> (y);",
+        expect: &["Rotary"],
+        gone: &["Concat", "BinaryNode"],
+    },
+    Case {
+        name: "rotary embedding with swapped halves and full tables",
+        program: "func main<ios17>(tensor<fp16, [1, 2, 3, 8]> x, tensor<fp16, [1, 1, 3, 8]> cos, tensor<fp16, [1, 1, 3, 8]> sin) {
+            tensor<fp16, [1, 2, 3, 8]> straight = mul(x = x, y = cos);
+            tensor<fp16, [1, 2, 3, 4]> a = slice_by_index(begin = tensor<int32, [4]>([0, 0, 0, 0]), end = tensor<int32, [4]>([1, 2, 3, 4]), x = x);
+            tensor<fp16, [1, 2, 3, 4]> b = slice_by_index(begin = tensor<int32, [4]>([0, 0, 0, 4]), end = tensor<int32, [4]>([1, 2, 3, 8]), x = x);
+            tensor<fp16, [1, 2, 3, 4]> minus = mul(x = b, y = fp16(-0x1p+0));
+            tensor<fp16, [1, 2, 3, 8]> turned = concat(axis = int32(-1), interleave = bool(false), values = (minus, a));
+            tensor<fp16, [1, 2, 3, 8]> crossed = mul(x = turned, y = sin);
+            tensor<fp16, [1, 2, 3, 8]> y = add(x = straight, y = crossed);
+        } -> (y);",
+        expect: &["Rotary"],
+        gone: &["Concat", "BinaryNode"],
+    },
+    Case {
+        name: "attention with repeated heads, scale and mask",
+        program: "func main<ios17>(tensor<fp16, [1, 4, 3, 8]> q, tensor<fp16, [2, 5, 8]> k, tensor<fp16, [2, 5, 8]> v, tensor<fp16, [1, 1, 3, 5]> mask) {
+            tensor<fp16, [2, 1, 5, 8]> k1 = expand_dims(axes = tensor<int32, [1]>([1]), x = k);
+            tensor<fp16, [2, 2, 5, 8]> k2 = tile(reps = tensor<int32, [4]>([1, 2, 1, 1]), x = k1);
+            tensor<fp16, [1, 4, 5, 8]> k3 = reshape(shape = tensor<int32, [4]>([1, -1, 5, 8]), x = k2);
+            tensor<fp16, [2, 1, 5, 8]> v1 = expand_dims(axes = tensor<int32, [1]>([1]), x = v);
+            tensor<fp16, [2, 2, 5, 8]> v2 = tile(reps = tensor<int32, [4]>([1, 2, 1, 1]), x = v1);
+            tensor<fp16, [4, 5, 8]> v3 = reshape(shape = tensor<int32, [3]>([4, 5, 8]), x = v2);
+            tensor<fp16, [1, 4, 3, 5]> raw = matmul(transpose_x = bool(false), transpose_y = bool(true), x = q, y = k3);
+            tensor<fp16, [1, 4, 3, 5]> scaled = mul(x = raw, y = fp16(0x1.6ap-2));
+            tensor<fp16, [1, 4, 3, 5]> masked = add(x = scaled, y = mask);
+            tensor<fp16, [1, 4, 3, 5]> weights = softmax(axis = int32(-1), x = masked);
+            tensor<fp16, [4, 3, 5]> flat = reshape(shape = tensor<int32, [3]>([4, 3, 5]), x = weights);
+            tensor<fp16, [4, 3, 8]> mixed = matmul(transpose_x = bool(false), transpose_y = bool(false), x = flat, y = v3);
+            tensor<fp16, [1, 4, 3, 8]> y = reshape(shape = tensor<int32, [4]>([1, 4, 3, 8]), x = mixed);
+        } -> (y);",
+        expect: &["Attention { scale: 0.35351563 }"],
+        gone: &["MatMul", "Softmax", "Broadcast"],
+    },
+    Case {
+        name: "gated MLP of pointwise convolutions with a residual",
+        program: "func main<ios17>(tensor<fp16, [1, 3, 2]> x) {
+            tensor<fp16, [1, 2, 3]> turned = transpose(perm = tensor<int32, [3]>([0, 2, 1]), x = x);
+            tensor<fp16, [1, 2, 1, 3]> image = expand_dims(axes = tensor<int32, [1]>([2]), x = turned);
+            tensor<fp16, [1, 4, 1, 3]> gate = conv(x = image, weight = tensor<fp16, [4, 2, 1, 1]>([[[[0x1p+0]], [[0x1p-1]]], [[[-0x1p+0]], [[0x1p-2]]], [[[0x1p+1]], [[0x1p+0]]], [[[0x1p-3]], [[-0x1p+0]]]]));
+            tensor<fp16, [1, 4, 1, 3]> up = conv(x = image, weight = tensor<fp16, [4, 2, 1, 1]>([[[[0x1p-1]], [[0x1p-1]]], [[[0x1p+0]], [[0x1p-2]]], [[[0x1p-1]], [[-0x1p+0]]], [[[0x1p-3]], [[0x1p+0]]]]));
+            tensor<fp16, [1, 4, 1, 3]> act = silu(x = gate);
+            tensor<fp16, [1, 4, 1, 3]> inner = mul(x = act, y = up);
+            tensor<fp16, [1, 2, 1, 3]> down = conv(x = inner, weight = tensor<fp16, [2, 4, 1, 1]>([[[[0x1p+0]], [[0x1p-1]], [[0x1p-2]], [[0x1p+0]]], [[[-0x1p+0]], [[0x1p+0]], [[0x1p-1]], [[0x1p-2]]]]));
+            tensor<fp16, [1, 2, 3]> back = squeeze(axes = tensor<int32, [1]>([2]), x = down);
+            tensor<fp16, [1, 3, 2]> rows = transpose(perm = tensor<int32, [3]>([0, 2, 1]), x = back);
+            tensor<fp16, [1, 3, 2]> y = add(x = x, y = rows);
+        } -> (y);",
+        expect: &["Gated[4, 2]+Silu", "Linear[2, 4]"],
+        gone: &["UnaryNode", "BinaryNode", "Permute"],
+    },
+    Case {
+        name: "products of one input",
+        program: "func main<ios17>(tensor<fp16, [1, 2]> x) {
+            tensor<fp16, [1, 3]> a = linear(x = x, weight = tensor<fp16, [3, 2]>([[0x1p+0, 0x1p-1], [0x1p+1, -0x1p+0], [0x1p-2, 0x1p+0]]));
+            tensor<fp16, [1, 2]> b = linear(x = x, weight = tensor<fp16, [2, 2]>([[0x1p-1, 0x1p+0], [0x1p+0, 0x1p+0]]), bias = tensor<fp16, [2]>([0x1p+0, 0x1p+1]));
+        } -> (a, b);",
+        expect: &["LinearMany"],
+        gone: &[],
+    },
+];
+
+fn open(program: &str, passes: bool) -> Model {
+    let text = format!("program(1.3) {{ {program} }}");
+    let source = Source::memory([("case.mlmodelc/model.mil".to_string(), text.into())].into());
+    let file = mil::Model::open_source(source, "case.mlmodelc").unwrap();
+    Model::load(
+        Arc::new(file),
+        None,
+        Options {
+            passes,
+            wide_outputs: true,
+            ..Options::default()
+        },
+    )
+    .unwrap()
+}
+
+/// Numbers between -2 and 2 that depend on the seed alone.
+fn numbers(seed: u64, count: usize) -> Vec<f32> {
+    let mut s = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let mut next = || {
+        s ^= s << 13;
+        s ^= s >> 7;
+        s ^= s << 17;
+        (s >> 40) as f32 / (1u64 << 22) as f32 - 2.0
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+fn run(model: &Model, seed: u64) -> Vec<(String, OwnedArray)> {
+    let function = &model.file().program().unwrap().functions[0];
+    let inputs: Vec<(String, Vec<usize>, Vec<f32>)> = function
+        .inputs
+        .iter()
+        .enumerate()
+        .map(|(i, input)| {
+            let dims = &input.ty.tensor().unwrap().shape;
+            let shape: Vec<usize> = dims
+                .iter()
+                .map(|d| if let Dim::Fixed(n) = d { *n } else { 1 })
+                .collect();
+            let count = shape.iter().product();
+            (input.name.clone(), shape, numbers(seed + i as u64, count))
+        })
+        .collect();
+    let arrays: Vec<(&str, Array<'_>)> = inputs
+        .iter()
+        .map(|(name, shape, data)| {
+            (
+                name.as_str(),
+                Array {
+                    shape,
+                    data: Data::F32(data),
+                },
+            )
+        })
+        .collect();
+    model.predict(&arrays, None).unwrap()
+}
+
+#[test]
+fn spellings_are_merged() {
+    let mut failures = Vec::new();
+    for case in CASES {
+        let model = open(case.program, true);
+        let graph = model.graph(&model.default_shapes().unwrap()).unwrap().to_string();
+        for want in case.expect.iter().filter(|w| !graph.contains(**w)) {
+            failures.push(format!("{}: no {want} in\n{graph}", case.name));
+        }
+        for gone in case.gone.iter().filter(|g| graph.contains(**g)) {
+            failures.push(format!("{}: still {gone} in\n{graph}", case.name));
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+#[test]
+fn results_with_passes_on_and_off_agree() {
+    let mut failures = Vec::new();
+    for case in CASES {
+        let (on, off) = (open(case.program, true), open(case.program, false));
+        for seed in 1..6 {
+            for ((name, a), (_, b)) in run(&on, seed).iter().zip(&run(&off, seed)) {
+                let (a, b) = (a.to_f32(), b.to_f32());
+                let worst = a
+                    .iter()
+                    .zip(&b)
+                    .map(|(x, y)| (x - y).abs() / (1.0 + y.abs()))
+                    .fold(0.0, f32::max);
+                // Sums are taken in another order: a few units in the last place of f32.
+                if a.len() != b.len() || worst.is_nan() || worst > 2e-6 {
+                    failures.push(format!("{} {name}: error {worst:e} with seed {seed}", case.name));
+                }
+            }
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
