@@ -6,6 +6,7 @@ Each expected value is computed here, in numpy, from the operator's documentatio
 
 import golden
 import golden_elementwise  # noqa: F401, the modules register their families
+import golden_flow  # noqa: F401
 import golden_images  # noqa: F401
 import golden_layers  # noqa: F401
 import golden_tensors  # noqa: F401
