@@ -1,16 +1,20 @@
-//! Chores of this workspace: `cargo xtask ops [--check]` writes (or checks) the table of operators.
+//! Chores of this workspace: `cargo xtask COMMAND`.
 
+mod apple;
 mod ops;
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let done = match words.as_slice() {
-        ["ops"] => ops::write(),
-        ["ops", "--check"] => ops::check(),
-        _ => Err("usage: cargo xtask ops [--check]".into()),
+    let rest = arguments.get(1..).unwrap_or_default();
+    let done = match (arguments.first().map(String::as_str), rest) {
+        (Some("ops"), []) => ops::write(),
+        (Some("ops"), [flag]) if flag == "--check" => ops::check(),
+        (Some("apple-check"), rest) => apple::check(rest),
+        (Some("apple-fake"), rest) => apple::fake(rest),
+        (Some("apple-report"), rest) => apple::report(rest),
+        _ => Err(USAGE.to_string()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -20,3 +24,9 @@ fn main() -> ExitCode {
         }
     }
 }
+
+const USAGE: &str = "cargo xtask COMMAND
+  ops [--check]                          write (or check) the table of operators
+  apple-check [--quick] [--no-install]   check, clippy and build for Apple systems from Linux; then apple-fake
+  apple-fake [CARGO ARGUMENTS]           the Apple engine against stand-in classes on GNUstep (default: test)
+  apple-report MODEL                     on a Mac: run everything, print a report";

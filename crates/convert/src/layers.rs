@@ -536,7 +536,8 @@ mod tests {
 
     #[test]
     fn shapes_broadcast_with_unknown_dimensions() {
-        let cases: [(&[i32], &[i32], Option<&[i32]>); 6] = [
+        type Case<'a> = (&'a [i32], &'a [i32], Option<&'a [i32]>);
+        let cases: [Case<'_>; 6] = [
             (&[1, 4], &[3, 1], Some(&[3, 4])),
             (&[-1, 4], &[4], Some(&[-1, 4])),
             (&[1, -1], &[1, 1], Some(&[1, -1])),

@@ -1,7 +1,7 @@
 //! Numeric kernels on slices.
 //!
-//! Everything here works on strided [`View`](strided::View)s of plain numbers and on [`Weights`](weights::Weights) kept
-//! as a model stores them. Work is spread over a [`Pool`](pool::Pool). The crate knows no model format and no
+//! Everything here works on strided [`View`]s of plain numbers and on [`Weights`] kept
+//! as a model stores them. Work is spread over a [`Pool`]. The crate knows no model format and no
 //! tensor library.
 
 // Kernels index registers and several operands by one number; iterators would hide which.

@@ -43,6 +43,17 @@ pub enum Buffer {
     I32(Vec<i32>),
     /// Texts.
     Strings(Vec<String>),
+    /// Numbers by label: the probabilities of a classifier, in the order of its classes.
+    Dictionary(Vec<(Label, f64)>),
+}
+
+/// A class of a classifier.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Label {
+    /// By name.
+    Text(String),
+    /// By number.
+    Number(i64),
 }
 
 impl Data<'_> {
@@ -62,13 +73,13 @@ impl Data<'_> {
 }
 
 impl OwnedArray {
-    /// The same value, borrowed; `None` for texts.
+    /// The same value, borrowed; `None` for texts and dictionaries.
     pub fn as_array(&self) -> Option<Array<'_>> {
         let data = match &self.data {
             Buffer::F32(v) => Data::F32(v),
             Buffer::F16(v) => Data::F16(v),
             Buffer::I32(v) => Data::I32(v),
-            Buffer::Strings(_) => return None,
+            Buffer::Strings(_) | Buffer::Dictionary(_) => return None,
         };
         Some(Array {
             shape: &self.shape,
@@ -76,13 +87,13 @@ impl OwnedArray {
         })
     }
 
-    /// The elements as 32-bit floats; empty for texts.
+    /// The elements as 32-bit floats; empty for texts and dictionaries.
     pub fn to_f32(&self) -> Vec<f32> {
         match &self.data {
             Buffer::F32(v) => v.clone(),
             Buffer::F16(v) => v.iter().map(|x| x.to_f32()).collect(),
             Buffer::I32(v) => v.iter().map(|&x| x as f32).collect(),
-            Buffer::Strings(_) => Vec::new(),
+            Buffer::Strings(_) | Buffer::Dictionary(_) => Vec::new(),
         }
     }
 }

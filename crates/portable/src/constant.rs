@@ -192,19 +192,26 @@ impl Const {
 
     /// All elements as floats: decompressed and widened once, then kept.
     pub fn dense(&self) -> Arc<[f32]> {
+        self.dense_ref().clone()
+    }
+
+    /// As [`Const::dense`], borrowed.
+    pub fn floats(&self) -> &[f32] {
+        self.dense_ref()
+    }
+
+    fn dense_ref(&self) -> &Arc<[f32]> {
         if let ConstData::F32(v) = &self.data {
-            return v.clone();
+            return v;
         }
-        self.dense
-            .get_or_init(|| match &self.data {
-                ConstData::F32(v) => v.clone(),
-                ConstData::I32(v) => v.iter().map(|&x| x as f32).collect(),
-                ConstData::F16(b) => decode_f32(DType::Fp16, b).into(),
-                ConstData::Lut(l) => l.dense(&self.shape).into(),
-                ConstData::Affine(a) => a.dense(&self.shape).into(),
-                ConstData::Strings(_) => Arc::from([]),
-            })
-            .clone()
+        self.dense.get_or_init(|| match &self.data {
+            ConstData::F32(v) => v.clone(),
+            ConstData::I32(v) => v.iter().map(|&x| x as f32).collect(),
+            ConstData::F16(b) => decode_f32(DType::Fp16, b).into(),
+            ConstData::Lut(l) => l.dense(&self.shape).into(),
+            ConstData::Affine(a) => a.dense(&self.shape).into(),
+            ConstData::Strings(_) => Arc::from([]),
+        })
     }
 
     /// The 16-bit floats as stored, where they lie so in memory.

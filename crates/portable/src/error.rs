@@ -72,6 +72,8 @@ pub enum OpError {
     Message(String),
     /// The value of this parameter is needed, and is known only when the model runs.
     Dynamic(String),
+    /// An operation inside a block of this one failed.
+    Inner(Box<Error>),
 }
 
 impl OpError {
@@ -97,6 +99,7 @@ impl std::fmt::Display for OpError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             OpError::Message(m) => f.write_str(m),
+            OpError::Inner(e) => e.fmt(f),
             OpError::Dynamic(name) => write!(f, "the value of {name:?} is known only when the model runs"),
         }
     }

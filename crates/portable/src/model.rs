@@ -5,15 +5,17 @@ use crate::array::{Array, OwnedArray};
 use crate::explain::Explanation;
 use crate::graph::Graph;
 use crate::layout::Shape;
-use crate::lower::{LowerOptions, lower};
+use crate::lower::{Constants, LowerOptions, Lowered, check_function, lower};
 use crate::passes;
 use crate::plan::Plan;
+use crate::recent::Recent;
 use crate::run::{Observer, RunOptions, Workspace};
+use crate::staged::{Context, Runner, Staged};
 use crate::state::{State, StateBuffer};
 use candle_coreml_kernels::Pool;
 use candle_coreml_mil::{self as mil, Dim, ValueType};
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Arithmetic of a prediction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -75,18 +77,29 @@ struct Shared {
     file: Arc<mil::Model>,
     options: Options,
     pool: Arc<Pool>,
-    plans: Mutex<HashMap<PlanKey, Arc<Ready>>>,
-}
-
-type PlanKey = (usize, Vec<Shape>);
-
-/// A plan and the workspaces of runs that ended.
-struct Ready {
-    plan: Plan,
+    constants: Arc<Constants>,
+    plans: Mutex<Recent<Ready>>,
+    /// Functions that run in stages, with what was planned of them.
+    staged: Mutex<HashMap<usize, Arc<Staged>>>,
+    /// Workspaces of runs that ended.
     idle: Mutex<Vec<Workspace>>,
 }
 
-/// Plans kept for different input shapes; beyond that the cache starts anew.
+/// How a function runs for inputs of some shapes.
+struct Ready {
+    function: usize,
+    shapes: Vec<Shape>,
+    way: Way,
+}
+
+enum Way {
+    /// As one plan.
+    Whole(Plan),
+    /// In stages, because an operation needs a computed value.
+    Staged(Arc<Staged>),
+}
+
+/// Plans kept for different functions and input shapes.
 const PLANS_KEPT: usize = 64;
 
 impl std::fmt::Debug for Model {
@@ -120,7 +133,10 @@ impl Model {
             file,
             options,
             pool,
-            plans: Mutex::default(),
+            constants: Arc::default(),
+            plans: Mutex::new(Recent::new(PLANS_KEPT)),
+            staged: Mutex::default(),
+            idle: Mutex::default(),
         };
         let model = Model {
             shared: Arc::new(shared),
@@ -209,78 +225,128 @@ impl Model {
 
     /// A new state for this function, zeroed. Without states in the function it is empty.
     pub fn make_state(&self) -> State {
-        let declared: Vec<_> = self
-            .function()
-            .inputs
-            .iter()
+        State::new(&self.declared_states())
+    }
+
+    /// Name, type and shape of each state of the function.
+    fn declared_states(&self) -> Vec<(String, mil::DType, Shape)> {
+        let states = self.function().inputs.iter();
+        states
             .filter(|i| matches!(i.ty, ValueType::State(_)))
             .filter_map(|i| {
-                i.ty.tensor()
-                    .and_then(|t| Some((i.name.clone(), t.dtype, t.fixed_shape()?.into())))
+                let tensor = i.ty.tensor()?;
+                Some((i.name.clone(), tensor.dtype, tensor.fixed_shape()?.into()))
             })
-            .collect();
-        State::new(&declared)
+            .collect()
     }
 
     /// The graph for the given input shapes, for reports; passes applied as the model was opened.
     ///
     /// # Errors
-    /// As for predictions with inputs of these shapes.
+    /// As for predictions with inputs of these shapes, and when the function has no single graph because an operation
+    /// needs a computed value.
     pub fn graph(&self, shapes: &[Shape]) -> Result<Graph, Error> {
-        let inputs: HashMap<&str, Shape> = self
-            .tensor_inputs()
-            .map(|i| i.name.as_str())
-            .zip(shapes.iter().cloned())
-            .collect();
-        let faithful = self.shared.options.numerics == Numerics::Faithful;
-        let options = LowerOptions {
-            faithful,
+        match self.lower(shapes)? {
+            Lowered::Whole(graph) => Ok(self.optimize(graph)),
+            Lowered::Cut(error) => Err(error),
+        }
+    }
+
+    /// Number of plans kept for this function, those of its stages included.
+    pub fn plans(&self) -> usize {
+        let staged = lock(&self.shared.staged)
+            .get(&self.function)
+            .map_or(0, |s| s.plans());
+        let whole = |r: &Ready| r.function == self.function && matches!(r.way, Way::Whole(_));
+        staged + lock(&self.shared.plans).count(whole)
+    }
+
+    fn faithful(&self) -> bool {
+        self.shared.options.numerics == Numerics::Faithful
+    }
+
+    fn lower_options(&self) -> LowerOptions {
+        LowerOptions {
+            faithful: self.faithful(),
             pool: self.shared.pool.clone(),
-        };
-        let graph = lower(&self.shared.file, self.function(), &inputs, &options)?;
-        Ok(if self.shared.options.passes && !faithful {
+            constants: self.shared.constants.clone(),
+        }
+    }
+
+    fn lower(&self, shapes: &[Shape]) -> Result<Lowered, Error> {
+        let (file, function) = (&self.shared.file, self.function());
+        lower(file, function, &self.named(shapes), &self.lower_options())
+    }
+
+    fn named(&self, shapes: &[Shape]) -> HashMap<&str, Shape> {
+        let names = self.tensor_inputs().map(|i| i.name.as_str());
+        names.zip(shapes.iter().cloned()).collect()
+    }
+
+    fn optimize(&self, graph: Graph) -> Graph {
+        if self.shared.options.passes && !self.faithful() {
             passes::optimize(graph)
         } else {
             passes::clean(graph)
-        })
+        }
     }
 
     /// The plan for the default shapes, step by step.
     ///
     /// # Errors
-    /// When an input has no default shape, or as for predictions.
+    /// When an input has no default shape, when the function runs in stages, or as for predictions.
     pub fn explain(&self) -> Result<Explanation, Error> {
         let shapes = self.default_shapes().ok_or_else(|| Error::Value {
             what: "input",
             name: self.name().into(),
             message: "the shapes are flexible and the file gives no default".into(),
         })?;
-        Ok(Explanation::of(self.name(), &self.ready(shapes)?.plan))
+        match &self.ready(shapes.clone())?.way {
+            Way::Whole(plan) => Ok(Explanation::of(self.name(), plan)),
+            Way::Staged(_) => match self.lower(&shapes)? {
+                Lowered::Cut(error) => Err(error),
+                Lowered::Whole(graph) => {
+                    let plan = Plan::new(&self.optimize(graph))?;
+                    Ok(Explanation::of(self.name(), &plan))
+                }
+            },
+        }
     }
 
     fn ready(&self, shapes: Vec<Shape>) -> Result<Arc<Ready>, Error> {
-        let key = (self.function, shapes);
-        let mut plans = self.shared.plans.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(ready) = plans.get(&key) {
-            return Ok(ready.clone());
+        let wanted = |r: &Ready| r.function == self.function && r.shapes == shapes;
+        if let Some(ready) = lock(&self.shared.plans).find(wanted) {
+            return Ok(ready);
         }
-        let graph = self.graph(&key.1)?;
-        let plan = Plan::new(&graph)?;
-        tracing::debug!(
-            function = self.name(),
-            steps = plan.steps.len(),
-            arena_bytes = plan.arena_bytes(),
-            "planned"
-        );
+        let way = match self.lower(&shapes)? {
+            Lowered::Whole(graph) => {
+                let plan = Plan::new(&self.optimize(graph))?;
+                let (steps, arena_bytes) = (plan.steps.len(), plan.arena_bytes());
+                tracing::debug!(function = self.name(), steps, arena_bytes, "planned");
+                Way::Whole(plan)
+            }
+            Lowered::Cut(_) => Way::Staged(self.staged(&shapes)?),
+        };
         let ready = Arc::new(Ready {
-            plan,
-            idle: Mutex::default(),
+            function: self.function,
+            shapes,
+            way,
         });
-        if plans.len() >= PLANS_KEPT {
-            plans.clear();
-        }
-        plans.insert(key, ready.clone());
+        lock(&self.shared.plans).insert(ready.clone());
         Ok(ready)
+    }
+
+    /// The stages of the function, which is checked the first time.
+    fn staged(&self, shapes: &[Shape]) -> Result<Arc<Staged>, Error> {
+        if let Some(staged) = lock(&self.shared.staged).get(&self.function) {
+            return Ok(staged.clone());
+        }
+        let (file, function) = (&self.shared.file, self.function());
+        check_function(file, function, &self.named(shapes), &self.lower_options())?;
+        let staged = Arc::new(Staged::new(function));
+        lock(&self.shared.staged).insert(self.function, staged.clone());
+        tracing::debug!(function = self.name(), "runs in stages");
+        Ok(staged)
     }
 
     /// Runs the function: every output by name, in the order of the function.
@@ -317,45 +383,64 @@ impl Model {
     ) -> Result<Vec<(String, OwnedArray)>, Error> {
         let ordered = self.order_inputs(inputs)?;
         let ready = self.ready(ordered.iter().map(|a| a.shape.into()).collect())?;
-        let plan = &ready.plan;
+        let declared = self.declared_states();
         let mut none = State { buffers: Vec::new() };
         let state = match state {
             Some(s) => s,
-            None if plan.states.is_empty() => &mut none,
+            None if declared.is_empty() => &mut none,
             None => {
                 return Err(Error::NeedsState {
-                    names: plan.states.iter().map(|s| s.0.clone()).collect(),
+                    names: declared.into_iter().map(|s| s.0).collect(),
                 });
             }
         };
-        let order = state.match_declared(&plan.states)?;
+        let order = state.match_declared(&declared)?;
         let mut slots: Vec<Option<&mut StateBuffer>> = state.buffers.iter_mut().map(Some).collect();
         let mut states: Vec<&mut StateBuffer> = order.iter().filter_map(|&i| slots[i].take()).collect();
+        let mut workspace = lock(&self.shared.idle).pop().unwrap_or_default();
+        let results = match &ready.way {
+            Way::Whole(plan) => self.run_plan(plan, &ordered, &mut workspace, &mut states, observer),
+            Way::Staged(staged) => {
+                let context = Context {
+                    model: &self.shared.file,
+                    function: self.function(),
+                    staged,
+                    options: &self.lower_options(),
+                    optimize: &|graph| self.optimize(graph),
+                };
+                let runner = Runner::new(context, &mut workspace, &mut states, observer);
+                runner.run(&ordered, self.shared.options.wide_outputs)
+            }
+        };
+        lock(&self.shared.idle).push(workspace);
+        results
+    }
 
-        let idle = ready.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut workspace = idle.unwrap_or_else(|| Workspace::new(plan));
-        for (slot, value) in plan.inputs.iter().zip(&ordered) {
+    fn run_plan<'o>(
+        &'o self,
+        plan: &Plan,
+        inputs: &[Array<'_>],
+        workspace: &mut Workspace,
+        states: &mut [&mut StateBuffer],
+        observer: Option<&'o mut dyn Observer>,
+    ) -> Result<Vec<(String, OwnedArray)>, Error> {
+        workspace.fit(plan);
+        for (slot, value) in plan.inputs.iter().zip(inputs) {
             workspace.write_input(slot, *value)?;
         }
-        let faithful = self.shared.options.numerics == Numerics::Faithful;
         let options = RunOptions {
             pool: &self.shared.pool,
-            faithful,
+            faithful: self.faithful(),
             observer,
         };
-        workspace.run(plan, &mut states, options)?;
+        workspace.run(plan, states, options)?;
         let mut results = Vec::with_capacity(plan.outputs.len());
         for slot in &plan.outputs {
             let wide = self.shared.options.wide_outputs && slot.dtype == mil::DType::Fp16;
             let dtype = if wide { mil::DType::Fp32 } else { slot.dtype };
-            let value = workspace.read(&self.shared.pool, &slot.operand, dtype, &states)?;
+            let value = workspace.read(&self.shared.pool, &slot.operand, dtype, states)?;
             results.push((slot.name.clone(), value));
         }
-        ready
-            .idle
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(workspace);
         Ok(results)
     }
 
@@ -396,6 +481,10 @@ impl Model {
             })
             .collect()
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn find(program: &mil::Program, name: &str) -> Result<usize, Error> {

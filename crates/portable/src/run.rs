@@ -13,18 +13,12 @@ use candle_coreml_mil::DType;
 use half::f16;
 use smallvec::SmallVec;
 use std::ops::Range;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-/// The dense form of each input of a step that is a constant.
-type DenseInputs = SmallVec<[Option<Arc<[f32]>>; 4]>;
 
 /// Memory one run needs; reused by the next.
 pub struct Workspace {
     arena: Arena,
     scratch: Scratch,
-    /// Dense forms of constants, looked up once for each operand of each step.
-    dense: Vec<DenseInputs>,
 }
 
 /// Sees every step after it ran.
@@ -48,21 +42,25 @@ pub struct RunOptions<'a> {
     pub observer: Option<&'a mut dyn Observer>,
 }
 
+impl Default for Workspace {
+    fn default() -> Self {
+        Workspace::new()
+    }
+}
+
 impl Workspace {
-    /// Memory for runs of `plan`.
-    pub fn new(plan: &Plan) -> Workspace {
-        let dense = |o: &Operand| match (&o.place, o.storage) {
-            (Place::Const(c), Storage::F32) => Some(c.dense()),
-            _ => None,
-        };
+    /// Memory for runs of any plan; it grows to what the largest needs.
+    pub fn new() -> Workspace {
         Workspace {
-            arena: Arena::new(plan.arena_elements),
+            arena: Arena::new(0),
             scratch: Scratch::default(),
-            dense: plan
-                .steps
-                .iter()
-                .map(|s| s.inputs.iter().map(dense).collect())
-                .collect(),
+        }
+    }
+
+    /// Makes room for a run of `plan`; what is there is lost when the memory is too small.
+    pub fn fit(&mut self, plan: &Plan) {
+        if self.arena.len() < plan.arena_elements {
+            self.arena = Arena::new(plan.arena_elements);
         }
     }
 
@@ -109,9 +107,9 @@ impl Workspace {
         states: &mut [&mut StateBuffer],
         mut options: RunOptions<'_>,
     ) -> Result<(), Error> {
-        for (i, step) in plan.steps.iter().enumerate() {
+        for step in &plan.steps {
             let start = options.observer.as_ref().map(|_| Instant::now());
-            self.step(i, step, states, options.pool)?;
+            self.step(step, states, options.pool)?;
             if options.faithful {
                 self.round(step);
             }
@@ -129,13 +127,7 @@ impl Workspace {
         Ok(())
     }
 
-    fn step(
-        &mut self,
-        index: usize,
-        step: &Step,
-        states: &mut [&mut StateBuffer],
-        pool: &Pool,
-    ) -> Result<(), Error> {
+    fn step(&mut self, step: &Step, states: &mut [&mut StateBuffer], pool: &Pool) -> Result<(), Error> {
         let mut reads: SmallVec<[Range<usize>; 4]> = SmallVec::new();
         let mut writes: SmallVec<[Range<usize>; 2]> = SmallVec::new();
         for o in &step.inputs {
@@ -172,14 +164,7 @@ impl Workspace {
         for (n, o) in step.inputs.iter().enumerate() {
             let input = match &o.place {
                 Place::Arena(_) => arena_view(next_read.next().copied().unwrap_or(&[]), o),
-                Place::Const(c) => {
-                    let dense = self
-                        .dense
-                        .get(index)
-                        .and_then(|d| d.get(n))
-                        .and_then(Option::as_deref);
-                    const_view(c, dense, o)
-                }
+                Place::Const(c) => const_view(c, o),
                 Place::State(i) if *i < below.len() => state_view(&*below[*i], o),
                 Place::State(i) => above.get(i - below.len() - 1).and_then(|s| state_view(s, o)),
                 Place::Result => Some(In::Result),
@@ -228,19 +213,17 @@ impl Workspace {
     ) -> Result<OwnedArray, Error> {
         let bad = || internal("a result outside its memory");
         let slices;
-        let dense;
         let view = match &operand.place {
             Place::Arena(r) => {
                 slices = self.arena.as_mut_slice().get(r.clone()).ok_or_else(bad)?;
                 arena_view(slices, operand)
             }
             Place::Const(c) => {
-                dense = if operand.storage == Storage::F32 {
-                    Some(c.dense())
-                } else {
-                    None
-                };
-                const_view(c, dense.as_deref(), operand)
+                if let ConstData::Strings(texts) = &c.data {
+                    let (shape, data) = (c.shape.to_vec(), Buffer::Strings(texts.to_vec()));
+                    return Ok(OwnedArray { shape, data });
+                }
+                const_view(c, operand)
             }
             Place::State(i) => states.get(*i).and_then(|s| state_view(s, operand)),
             Place::Result => None,
@@ -335,12 +318,12 @@ fn arena_view_mut<'a>(slice: &'a mut [f32], o: &'a Operand) -> Option<Out<'a>> {
     })
 }
 
-fn const_view<'a>(c: &'a Const, dense: Option<&'a [f32]>, o: &'a Operand) -> Option<In<'a>> {
+fn const_view<'a>(c: &'a Const, o: &'a Operand) -> Option<In<'a>> {
     let l = &o.layout;
     Some(match (o.storage, &c.data) {
         (Storage::F16, _) => In::F16(View::new(c.halves()?, l.offset, &l.shape, &l.strides)?),
         (Storage::I32, ConstData::I32(v)) => In::I32(View::new(v, l.offset, &l.shape, &l.strides)?),
-        (Storage::F32, _) => In::F32(View::new(dense?, l.offset, &l.shape, &l.strides)?),
+        (Storage::F32, _) => In::F32(View::new(c.floats(), l.offset, &l.shape, &l.strides)?),
         _ => return None,
     })
 }

@@ -3,6 +3,8 @@
 //! Everything that can be decided without the engine is decided before it: names, shapes, dtypes, defaults, devices.
 //! An engine may rely on it: each input is one the function declares, at most once, in the declared order and dtype.
 
+#[cfg(any(all(target_vendor = "apple", feature = "framework"), feature = "gnustep"))]
+mod apple;
 #[cfg(test)]
 pub(crate) mod fake;
 mod portable;
@@ -130,9 +132,13 @@ pub(crate) fn open(origin: &Origin, options: &Options) -> Result<Arc<dyn Engine>
     )
 }
 
+#[cfg(any(all(target_vendor = "apple", feature = "framework"), feature = "gnustep"))]
+use apple::open as open_apple;
+
+#[cfg(not(any(all(target_vendor = "apple", feature = "framework"), feature = "gnustep")))]
 fn open_apple(_origin: &Origin, _options: &Options) -> Result<Arc<dyn Engine>, Error> {
     let reason = if cfg!(target_vendor = "apple") {
-        "this build is without it; the portable engine runs here"
+        "this build is without the feature \"framework\"; the portable engine runs here"
     } else {
         "CoreML.framework exists on Apple systems only; the portable engine runs here"
     };

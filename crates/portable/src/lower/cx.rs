@@ -4,6 +4,7 @@ use super::{FOLD_ELEMENTS, Lowering, fold, literal};
 use crate::constant::{Const, ConstData};
 use crate::error::{OpError, OpResult};
 use crate::graph::{Node, Source, ValueId};
+use crate::item::{Item, List};
 use crate::layout::{Shape, checked_elements};
 use crate::op::Op;
 use bytes::Bytes;
@@ -198,18 +199,21 @@ impl<'a, 'm> OpCx<'a, 'm> {
 
     /// Adds a float constant made by lowering.
     pub fn add_f32(&mut self, dtype: DType, shape: &[usize], data: Vec<f32>) -> ValueId {
-        let name = self.name;
-        self.low.add_const(name, Const::f32(dtype, shape, data))
+        self.add_const(Const::f32(dtype, shape, data))
     }
 
     /// Adds an integer constant made by lowering.
     pub fn add_i32(&mut self, dtype: DType, shape: &[usize], data: Vec<i32>) -> ValueId {
-        let name = self.name;
-        self.low.add_const(name, Const::i32(dtype, shape, data))
+        self.add_const(Const::i32(dtype, shape, data))
     }
 
     /// Adds a constant made by lowering.
     pub fn add_const(&mut self, constant: Const) -> ValueId {
+        self.add_shared(Arc::new(constant))
+    }
+
+    /// Adds a constant that others hold as well.
+    pub fn add_shared(&mut self, constant: Arc<Const>) -> ValueId {
         let name = self.name;
         self.low.add_const(name, constant)
     }
@@ -264,7 +268,8 @@ impl<'a, 'm> OpCx<'a, 'm> {
         outputs: &[(DType, Shape)],
     ) -> OpResult<Option<Vec<Const>>> {
         let size: usize = outputs.iter().map(|(_, s)| s.iter().product::<usize>()).sum();
-        if inputs.is_empty() || size > FOLD_ELEMENTS || !op.foldable() {
+        let size_allowed = size <= FOLD_ELEMENTS || self.low.outside.known;
+        if inputs.is_empty() || !size_allowed || !op.foldable() {
             return Ok(None);
         }
         let constants: Option<Vec<Arc<Const>>> = inputs.iter().map(|&i| self.constant(i)).collect();
@@ -273,6 +278,54 @@ impl<'a, 'm> OpCx<'a, 'm> {
         };
         let refs: Vec<&Const> = constants.iter().map(|c| &**c).collect();
         fold::evaluate(op, &refs, outputs, self.faithful(), &self.low.options.pool).map(Some)
+    }
+
+    /// The list bound to a parameter. It is known only when the model runs, and then belongs to this operation where no
+    /// other needs it.
+    pub fn list(&mut self, param: &str) -> OpResult<Arc<List>> {
+        let op = self.op;
+        let Some([Argument::Name(name)]) = op.input(param) else {
+            return Err(format!("parameter {param:?} must name a list").into());
+        };
+        self.needs_values(param)?;
+        match self.low.outside.items.remove(name.as_str()) {
+            Some(Item::List(list)) => Ok(list),
+            Some(other) => Err(format!("parameter {param:?} must be a list, it is {}", other.kind()).into()),
+            None => Err(format!("parameter {param:?} names {name:?}, which is not defined before").into()),
+        }
+    }
+
+    /// Refuses to go on while values are not known, for operations whose results no graph can hold.
+    pub fn needs_values(&self, param: &str) -> OpResult<()> {
+        if self.low.outside.known {
+            return Ok(());
+        }
+        Err(OpError::Dynamic(param.into()))
+    }
+
+    /// Binds the next result of the operation to what is no tensor.
+    pub fn result_item(&mut self, item: Item) -> OpResult<()> {
+        let out = self.op.outputs.get(self.bound);
+        let out = out.ok_or("internal: more results than declared")?;
+        self.low.items.insert(&out.name, item);
+        self.bound += 1;
+        Ok(())
+    }
+
+    /// The literal bound to a parameter as the file has it.
+    pub fn written(&self, param: &str) -> Option<&'m mil::Value> {
+        match self.op.input(param) {
+            Some([Argument::Value(v)]) => Some(v),
+            Some([Argument::Name(n)]) => self.low.literals.get(n.as_str()).copied(),
+            _ => self.op.attribute(param),
+        }
+    }
+
+    /// Lowers a block of this operation as part of the same graph; gives the values of its results.
+    pub fn inline(&mut self, index: usize) -> OpResult<Vec<ValueId>> {
+        let block = self.op.blocks.get(index);
+        let block = block.ok_or_else(|| format!("block {index} is missing"))?;
+        self.low.inline(block)
     }
 
     /// Binds the next result of the operation to a value.
@@ -321,6 +374,9 @@ impl<'a, 'm> OpCx<'a, 'm> {
     /// Checks that every declared result was bound, with the shape the file declares.
     pub(crate) fn check_outputs(&self) -> OpResult<()> {
         for out in &self.op.outputs {
+            if self.low.items.contains_key(out.name.as_str()) {
+                continue;
+            }
             let id = self.low.names.get(out.name.as_str());
             let id = id.ok_or_else(|| format!("internal: result {:?} was not bound", out.name))?;
             let have = &self.low.graph.value(*id).shape;

@@ -1,14 +1,22 @@
 //! `Program` to `Graph`: names resolved, attributes read, shapes computed, constant parts evaluated.
 
+mod check;
+mod constants;
 mod cx;
 mod fold;
 mod literal;
+mod piece;
 
+pub(crate) use check::check_function;
+pub use constants::Constants;
 pub use cx::{OpCx, normalize_axis};
+pub(crate) use literal::read as read_literal;
+pub(crate) use piece::{Outside, lower_piece};
 
 use crate::constant::{Const, ConstData};
-use crate::error::{Error, OpError};
+use crate::error::{Error, OpError, OpResult};
 use crate::graph::{Graph, Source, StateSlot, ValueId};
+use crate::item::Item;
 use crate::layout::{Shape, checked_elements};
 use crate::op::OpSpec;
 use crate::ops;
@@ -26,6 +34,16 @@ pub struct LowerOptions {
     pub faithful: bool,
     /// Threads for evaluating constant parts.
     pub pool: Arc<Pool>,
+    /// Weights of the file that were read before.
+    pub constants: Arc<Constants>,
+}
+
+/// A function lowered as one graph, or what stands in the way.
+pub enum Lowered {
+    /// The function.
+    Whole(Graph),
+    /// An operation needs a value that is known only when the model runs; the error names both.
+    Cut(Error),
 }
 
 /// Lowers `function` for inputs of the given shapes.
@@ -37,23 +55,32 @@ pub fn lower(
     function: &mil::Function,
     input_shapes: &HashMap<&str, Shape>,
     options: &LowerOptions,
-) -> Result<Graph, Error> {
+) -> Result<Lowered, Error> {
     check_supported(&function.body)?;
-    let mut lowering = Lowering {
-        model,
-        options,
-        graph: Graph::default(),
-        names: HashMap::new(),
-        literals: HashMap::new(),
-        states: HashMap::new(),
-    };
+    let mut lowering = Lowering::new(model, options);
     for input in &function.inputs {
         lowering.add_parameter(input, input_shapes)?;
     }
     for op in &function.body.operations {
-        lowering.operation(op)?;
+        match lowering.operation(op) {
+            Ok(()) => {}
+            Err(e @ OpError::Dynamic(_)) => return Ok(Lowered::Cut(node_error(op, e))),
+            Err(e) => return Err(node_error(op, e)),
+        }
     }
-    lowering.finish(&function.body)
+    lowering.finish(&function.body).map(Lowered::Whole)
+}
+
+/// The error of an operation with its name.
+pub(crate) fn node_error(op: &mil::Operation, e: OpError) -> Error {
+    match e {
+        OpError::Inner(e) => *e,
+        e => Error::Node {
+            node: node_name(op).into(),
+            op: op.op_type.clone(),
+            message: e.to_string(),
+        },
+    }
 }
 
 /// Names of all operators used in `block` and the blocks inside it that have no entry in the registry, with counts.
@@ -106,9 +133,29 @@ pub(crate) struct Lowering<'m> {
     pub(crate) names: HashMap<&'m str, ValueId>,
     pub(crate) literals: HashMap<&'m str, &'m mil::Value>,
     pub(crate) states: HashMap<&'m str, usize>,
+    /// Values from before the piece that is lowered.
+    pub(crate) outside: Outside<'m>,
+    /// Results that are no tensors.
+    pub(crate) items: HashMap<&'m str, Item>,
+    /// Names of outside values that were used, in order.
+    pub(crate) used: Vec<&'m str>,
 }
 
 impl<'m> Lowering<'m> {
+    fn new(model: &'m mil::Model, options: &'m LowerOptions) -> Self {
+        Lowering {
+            model,
+            options,
+            graph: Graph::default(),
+            names: HashMap::new(),
+            literals: HashMap::new(),
+            states: HashMap::new(),
+            outside: Outside::default(),
+            items: HashMap::new(),
+            used: Vec::new(),
+        }
+    }
+
     fn add_parameter(
         &mut self,
         input: &'m mil::NamedType,
@@ -161,23 +208,43 @@ impl<'m> Lowering<'m> {
         Ok(())
     }
 
-    fn operation(&mut self, op: &'m mil::Operation) -> Result<(), Error> {
-        let node = node_name(op);
-        let fail = |e: OpError| Error::Node {
-            node: node.into(),
-            op: op.op_type.clone(),
-            message: e.to_string(),
-        };
+    /// Lowers one operation. When that needs a value that is not known, nothing of it stays in the graph.
+    fn operation(&mut self, op: &'m mil::Operation) -> OpResult<()> {
         if op.op_type == "const" {
-            return self.constant(op).map_err(fail);
+            return self.constant(op);
         }
-        let spec = ops::spec(&op.op_type).ok_or_else(|| Error::Unsupported {
-            ops: vec![op.op_type.clone()],
-        })?;
-        check_parameters(op, spec).map_err(fail)?;
-        let mut cx = OpCx::new(self, op, node);
-        (spec.lower)(&mut cx).map_err(fail)?;
-        cx.check_outputs().map_err(fail)
+        let spec = ops::spec(&op.op_type).ok_or("the operator is not supported")?;
+        check_parameters(op, spec)?;
+        let mark = self.mark();
+        let mut cx = OpCx::new(self, op, node_name(op));
+        let done = (spec.lower)(&mut cx).and_then(|()| cx.check_outputs());
+        if matches!(done, Err(OpError::Dynamic(_))) {
+            self.rewind(mark, op);
+        }
+        done
+    }
+
+    /// Lowers a block in the place of an operation, as part of the same graph; gives the values of its results.
+    pub(crate) fn inline(&mut self, block: &'m mil::Block) -> OpResult<Vec<ValueId>> {
+        let run = |low: &mut Self| -> OpResult<Vec<ValueId>> {
+            for op in &block.operations {
+                low.operation(op).map_err(|e| match e {
+                    e @ OpError::Dynamic(_) => e,
+                    e => OpError::Inner(Box::new(node_error(op, e))),
+                })?;
+            }
+            let result = |name: &'m String| {
+                low.resolve(name)?
+                    .ok_or_else(|| format!("a block returns {name:?}, which it does not define").into())
+            };
+            block.outputs.iter().map(result).collect()
+        };
+        let results = run(self);
+        for out in block.operations.iter().flat_map(|op| &op.outputs) {
+            self.names.remove(out.name.as_str());
+            self.literals.remove(out.name.as_str());
+        }
+        results
     }
 
     /// Notes a `const`; it is read when something uses it, since packed data is never widened.
@@ -193,24 +260,27 @@ impl<'m> Lowering<'m> {
         if let Some(id) = self.names.get(name) {
             return Ok(Some(*id));
         }
-        let Some(value) = self.literals.get(name).copied() else {
-            return Ok(None);
+        let id = match self.literals.get(name).copied() {
+            Some(value) => self.literal(value, name)?,
+            None => match self.enter(name)? {
+                Some(id) => id,
+                None => return Ok(None),
+            },
         };
-        let id = self.literal(value, name)?;
         self.names.insert(name, id);
         Ok(Some(id))
     }
 
     /// Adds a literal of the file as a constant.
     pub(crate) fn literal(&mut self, value: &mil::Value, name: &str) -> Result<ValueId, OpError> {
-        let constant = literal::read(self.model, value)?;
+        let constant = self.options.constants.read(self.model, value)?;
         Ok(self.add_const(name, constant))
     }
 
-    pub(crate) fn add_const(&mut self, name: &str, constant: Const) -> ValueId {
+    pub(crate) fn add_const(&mut self, name: &str, constant: Arc<Const>) -> ValueId {
         let (dtype, shape) = (constant.dtype, constant.shape.clone());
         self.graph
-            .add_value(name.into(), dtype, &shape, Source::Const(Arc::new(constant)))
+            .add_value(name.into(), dtype, &shape, Source::Const(constant))
     }
 
     fn finish(mut self, body: &'m mil::Block) -> Result<Graph, Error> {
@@ -229,7 +299,7 @@ impl<'m> Lowering<'m> {
 }
 
 /// The operation's `name` attribute, or the name of its first result, or its type.
-fn node_name(op: &mil::Operation) -> &str {
+pub(crate) fn node_name(op: &mil::Operation) -> &str {
     let attribute = op.attribute("name").and_then(|v| match &v.data {
         mil::ValueData::Strings(s) => s.first().map(String::as_str),
         _ => None,

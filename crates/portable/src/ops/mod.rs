@@ -1,6 +1,8 @@
 //! The registry: one module a family of operators, one row an operator.
 
 pub mod activation;
+pub mod blocks;
+pub mod classify;
 pub mod constexpr;
 pub mod control_flow;
 pub mod conv;
@@ -9,6 +11,8 @@ pub mod elementwise_binary;
 pub mod elementwise_unary;
 pub mod image_resizing;
 pub mod linear;
+pub mod lists;
+pub mod non_zero;
 pub mod normalization;
 pub mod pool;
 pub mod quantization_ops;
@@ -30,6 +34,8 @@ use std::sync::OnceLock;
 /// Every family's list.
 pub const FAMILIES: &[&[&OpSpec]] = &[
     activation::OPS,
+    blocks::OPS,
+    classify::OPS,
     constexpr::OPS,
     control_flow::OPS,
     conv::OPS,
@@ -37,6 +43,8 @@ pub const FAMILIES: &[&[&OpSpec]] = &[
     elementwise_unary::OPS,
     image_resizing::OPS,
     linear::OPS,
+    lists::OPS,
+    non_zero::OPS,
     normalization::OPS,
     pool::OPS,
     quantization_ops::OPS,

@@ -86,10 +86,19 @@ pub(super) fn draft(graph: &Graph) -> Result<Draft, Error> {
     }
     for (_, id) in &graph.outputs {
         let home = d.home(*id)?;
+        let home = d.safe_from_stores(home, None);
         d.draft.outputs.push(home);
     }
-    for (i, s) in graph.states.iter().enumerate() {
-        d.store_state(i, s.first, s.last)?;
+    let last: Vec<Home> = graph
+        .states
+        .iter()
+        .enumerate()
+        .map(|(i, s)| d.home(s.last).map(|home| d.safe_from_stores(home, Some(i))))
+        .collect::<Result<_, _>>()?;
+    for ((i, s), from) in graph.states.iter().enumerate().zip(last) {
+        if s.first != s.last {
+            d.store_state(i, from);
+        }
     }
     Ok(d.draft)
 }
@@ -248,13 +257,26 @@ impl Drafter<'_> {
         });
     }
 
-    /// Adds the copy of a state's last value into its buffer; steps that update in place make it superfluous later.
-    fn store_state(&mut self, index: usize, first: ValueId, last: ValueId) -> Result<(), Error> {
-        if first == last {
-            return Ok(());
+    /// A value as it is before states are stored: what lies in a state that is overwritten, other than by itself, is
+    /// copied.
+    fn safe_from_stores(&mut self, home: Home, stored_in: Option<usize>) -> Home {
+        let overwritten = match self.draft.buffers[home.buffer] {
+            Buffer::State(i) => {
+                stored_in != Some(i) && self.graph.states[i].first != self.graph.states[i].last
+            }
+            _ => false,
+        };
+        if !overwritten {
+            return home;
         }
+        let to = self.fresh(Layout::contiguous(&home.layout.shape), home.storage);
+        self.copy_step("state".into(), home, to.clone());
+        to
+    }
+
+    /// Adds the copy of a state's last value into its buffer; steps that update in place make it superfluous later.
+    fn store_state(&mut self, index: usize, from: Home) {
         let s = &self.graph.states[index];
-        let from = self.home(last)?;
         let layout = Layout::contiguous(&s.shape);
         let to = Home {
             buffer: index,
@@ -262,7 +284,6 @@ impl Drafter<'_> {
             storage: state_storage(s.dtype),
         };
         self.copy_step(s.name.as_str().into(), from, to);
-        Ok(())
     }
 }
 

@@ -1,0 +1,129 @@
+//! Stand-ins for the classes of CoreML.framework, on GNUstep, for tests of the Apple engine off Apple systems.
+//!
+//! Models are run by the portable engine. What this shows is that the calls are made, read and counted rightly; what it
+//! cannot show is how Apple's own classes behave. [`Behaviour`] plays what is known of them and is easily got wrong.
+
+mod array;
+mod configuration;
+mod description;
+mod model;
+mod provider;
+mod shim;
+mod state;
+mod value;
+
+use objc2::ClassType;
+use std::sync::atomic::{AtomicBool, AtomicIsize, Ordering};
+
+/// Stand-in objects alive.
+static LIVE: AtomicIsize = AtomicIsize::new(0);
+
+/// How many stand-in objects are alive.
+pub fn live() -> isize {
+    LIVE.load(Ordering::SeqCst)
+}
+
+/// Counts the object it is part of.
+struct Live;
+
+impl Live {
+    fn new() -> Live {
+        LIVE.fetch_add(1, Ordering::SeqCst);
+        Live
+    }
+}
+
+impl Drop for Live {
+    fn drop(&mut self) {
+        LIVE.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// What the stand-ins do that is easily got wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(usize)]
+#[allow(missing_docs)]
+pub enum Behaviour {
+    /// Outputs come in arrays of their own with rows padded to 64 bytes; backings are left alone.
+    PaddedOutputs,
+    /// Memory moves, with other strides, when it is asked for to be written.
+    RebasedBuffers,
+    /// Completion handlers are called on another thread.
+    OtherThread,
+    /// Predictions give nil with an error.
+    Fails,
+    /// Predictions give nil without an error.
+    FailsSilently,
+    /// Predictions throw.
+    Throws,
+    /// The last output is missing.
+    MissingOutput,
+    /// Compiling fails.
+    CompileFails,
+    /// Compiling gives neither a result nor an error.
+    CompileSilent,
+    /// Inputs are kept after a prediction.
+    KeepsInputs,
+    /// Predictions do nothing and give the backings as they are.
+    Idle,
+}
+
+static SWITCHES: [AtomicBool; 11] = [const { AtomicBool::new(false) }; 11];
+
+impl Behaviour {
+    /// Plays it until the result is dropped.
+    pub fn on(self) -> On {
+        SWITCHES[self as usize].store(true, Ordering::SeqCst);
+        On(self)
+    }
+
+    fn is_on(self) -> bool {
+        SWITCHES[self as usize].load(Ordering::SeqCst)
+    }
+}
+
+/// A behaviour that is played.
+pub struct On(Behaviour);
+
+impl Drop for On {
+    fn drop(&mut self) {
+        SWITCHES[self.0 as usize].store(false, Ordering::SeqCst);
+    }
+}
+
+/// How often models were compiled.
+pub fn compilations() -> usize {
+    model::COMPILATIONS.load(Ordering::SeqCst)
+}
+
+/// Registers the classes; to be called before anything else.
+pub fn install() {
+    shim::keep();
+    let _ = (
+        array::FakeArray::class(),
+        value::FakeValue::class(),
+        provider::FakeProvider::class(),
+    );
+    let _ = (
+        provider::FakeBatch::class(),
+        configuration::FakeConfiguration::class(),
+    );
+    let _ = (
+        configuration::FakeOptions::class(),
+        configuration::FakeHints::class(),
+        state::FakeState::class(),
+    );
+    let _ = (
+        model::FakeModel::class(),
+        model::FakeAsset::class(),
+        description::FakeDescription::class(),
+    );
+    let _ = (
+        description::FakeFeature::class(),
+        description::FakeConstraint::class(),
+    );
+    let _ = (
+        description::FakeShapes::class(),
+        description::FakeStateConstraint::class(),
+    );
+}
