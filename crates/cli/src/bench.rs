@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::time::Instant;
 
+use candle_coreml::EngineKind;
 use candle_coreml_llm::{Bundle, LanguageModel, Prediction};
 use candle_coreml_mil as mil;
 use serde::Serialize;
@@ -149,7 +150,7 @@ fn row(bundle: &Bundle, args: &BenchArgs, test: Test, samples_ns: Vec<u64>) -> R
     Ok(Row {
         model: bundle.name(),
         model_size_bytes: size(bundle)?,
-        engine: options.engine.to_string(),
+        engine: engine_name(options.engine),
         threads,
         n_prompt,
         n_gen,
@@ -160,6 +161,14 @@ fn row(bundle: &Bundle, args: &BenchArgs, test: Test, samples_ns: Vec<u64>) -> R
         samples_ns,
         samples_ts,
     })
+}
+
+/// Off Apple systems there is one engine to choose.
+fn engine_name(engine: EngineKind) -> String {
+    match engine {
+        EngineKind::Auto if !cfg!(target_vendor = "apple") => EngineKind::Portable.to_string(),
+        engine => engine.to_string(),
+    }
 }
 
 /// Bytes of the weights of all packages.

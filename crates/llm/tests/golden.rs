@@ -8,7 +8,8 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use candle_coreml_llm::{
-    Bundle, Completion, FinishReason, GenerateOptions, LanguageModel, LoadOptions, Prediction, Session,
+    Bundle, Completion, FinishReason, GenerateOptions, LanguageModel, LoadOptions, Message, Prediction,
+    Session,
 };
 use serde_json::Value;
 
@@ -184,6 +185,31 @@ fn first_logits_are_those_of_the_golden_run() {
         }
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+#[test]
+fn chat_templates_write_the_golden_prompts() {
+    let mut bundles = vec![(
+        in_tree("models/tales"),
+        in_tree("crates/llm/testdata/golden/tales-lut6.json"),
+    )];
+    bundles.extend(shared("smollm2-135m-lut").map(|bundle| (bundle.clone(), bundle.join("golden.json"))));
+    for (bundle, golden) in bundles {
+        let bundle = Bundle::open(bundle).unwrap();
+        for case in read(&golden)["prompts"].as_array().unwrap() {
+            let text = |message: &Value, key: &str| message[key].as_str().unwrap().to_owned();
+            let messages: Vec<Message> = match (case["messages"].as_array(), case["template"].as_str()) {
+                (Some(messages), _) => messages
+                    .iter()
+                    .map(|m| Message::new(text(m, "role"), text(m, "content")))
+                    .collect(),
+                (None, Some(_)) => vec![Message::user(text(case, "prompt"))],
+                (None, None) => continue,
+            };
+            let written = bundle.template().unwrap().render(&messages, true).unwrap();
+            assert_eq!(written, case["input_text"].as_str().unwrap(), "{}", case["name"]);
+        }
+    }
 }
 
 #[test]
