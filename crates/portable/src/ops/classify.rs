@@ -67,7 +67,7 @@ pub const OPS: &[&OpSpec] = &[&OpSpec {
     since: "iOS15",
     inputs: &[req("probabilities"), req("classes")],
     outputs: Some(2),
-    support: Support::Partial("labels outside 32 bits; probabilities reach candle-coreml as arrays only"),
+    support: Support::Partial("labels outside 32 bits"),
     tolerance: 0.0,
     lower: lower_classify,
 }];
