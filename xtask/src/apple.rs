@@ -97,8 +97,10 @@ pub fn report(arguments: &[String]) -> Result<()> {
         "--release",
         "-p",
         "candle-coreml",
+        "--features",
+        "framework",
         "--example",
-        "compare_engines",
+        "predict",
         "--",
         model.as_str(),
     ]))
