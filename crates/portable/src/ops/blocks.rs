@@ -1,6 +1,6 @@
 //! Choices and loops. Source: coremltools 9.0, `mil/ops/defs/iOS15/control_flow.py`.
 //!
-//! A `cond` whose predicate is constant becomes part of the graph. Every other use is run by [`crate::staged`], which asks
+//! A `cond` whose predicate is constant becomes part of the graph. Every other use is run by `crate::staged`, which asks
 //! [`control`] what an operation is.
 
 use crate::error::OpResult;
