@@ -139,6 +139,8 @@ fn cross(command: &str, target: &str, packages: &[&str], more: &[&str]) -> Resul
     for package in packages {
         cargo.args(["--package", package]);
     }
+    // The calls to the framework are off by default.
+    cargo.args(["--features", "candle-coreml/framework"]);
     cargo.args(more);
     cargo
         .env("RUSTC", "/usr/bin/rustc")

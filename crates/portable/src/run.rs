@@ -331,7 +331,6 @@ fn const_view<'a>(c: &'a Const, o: &'a Operand) -> Option<In<'a>> {
 fn state_view<'a>(s: &'a StateBuffer, o: &'a Operand) -> Option<In<'a>> {
     let l = &o.layout;
     Some(match &s.data {
-        StateData::F16(v) => In::F16(View::new(v, l.offset, &l.shape, &l.strides)?),
         StateData::F32(v) => In::F32(View::new(v, l.offset, &l.shape, &l.strides)?),
         StateData::I32(v) => In::I32(View::new(v, l.offset, &l.shape, &l.strides)?),
     })
@@ -340,7 +339,6 @@ fn state_view<'a>(s: &'a StateBuffer, o: &'a Operand) -> Option<In<'a>> {
 fn state_view_mut<'a>(s: &'a mut StateBuffer, o: &'a Operand) -> Option<Out<'a>> {
     let l = &o.layout;
     Some(match &mut s.data {
-        StateData::F16(v) => Out::F16(ViewMut::new(v, l.offset, &l.shape, &l.strides)?),
         StateData::F32(v) => Out::F32(ViewMut::new(v, l.offset, &l.shape, &l.strides)?),
         StateData::I32(v) => Out::I32(ViewMut::new(v, l.offset, &l.shape, &l.strides)?),
     })

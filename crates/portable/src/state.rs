@@ -5,7 +5,6 @@ use crate::array::{Array, Buffer, Data, OwnedArray};
 use crate::layout::{Shape, elements};
 use candle_coreml_kernels as kernels;
 use candle_coreml_mil::DType;
-use half::f16;
 
 /// The states of a model, zero at first: a KV-cache, typically. Cloning copies every buffer.
 ///
@@ -25,20 +24,20 @@ pub(crate) struct StateBuffer {
     pub data: StateData,
 }
 
-/// Elements as they are kept.
+/// Elements as they are kept: fp16 states in 32 bits too, since a KV-cache rounded to fp16 is the largest error of a language model
+/// that is otherwise computed in 32 bits, and changes close decisions.
 #[derive(Debug, Clone)]
 pub(crate) enum StateData {
-    F16(Vec<f16>),
     F32(Vec<f32>),
     I32(Vec<i32>),
 }
 
 impl StateData {
     fn zeroed(dtype: DType, count: usize) -> StateData {
-        match crate::plan::state_storage(dtype) {
-            crate::graph::Storage::F16 => StateData::F16(vec![f16::ZERO; count]),
-            crate::graph::Storage::F32 => StateData::F32(vec![0.0; count]),
-            crate::graph::Storage::I32 => StateData::I32(vec![0; count]),
+        if crate::graph::Storage::of(dtype) == crate::graph::Storage::I32 {
+            StateData::I32(vec![0; count])
+        } else {
+            StateData::F32(vec![0.0; count])
         }
     }
 }
@@ -73,7 +72,6 @@ impl State {
     pub fn get(&self, name: &str) -> Option<OwnedArray> {
         let b = self.buffers.iter().find(|b| b.name == name)?;
         let data = match &b.data {
-            StateData::F16(v) => Buffer::F16(v.clone()),
             StateData::F32(v) => Buffer::F32(v.clone()),
             StateData::I32(v) => Buffer::I32(v.clone()),
         };
@@ -108,8 +106,6 @@ impl State {
             )));
         }
         match (&mut b.data, value.data) {
-            (StateData::F16(to), Data::F16(from)) => to.copy_from_slice(from),
-            (StateData::F16(to), Data::F32(from)) => kernels::f32_to_f16(from, to),
             (StateData::F32(to), Data::F16(from)) => kernels::f16_to_f32(from, to),
             (StateData::F32(to), Data::F32(from)) => to.copy_from_slice(from),
             (StateData::I32(to), Data::I32(from)) => to.copy_from_slice(from),
@@ -122,7 +118,6 @@ impl State {
     pub fn reset(&mut self) {
         for b in &mut self.buffers {
             match &mut b.data {
-                StateData::F16(v) => v.fill(f16::ZERO),
                 StateData::F32(v) => v.fill(0.0),
                 StateData::I32(v) => v.fill(0),
             }

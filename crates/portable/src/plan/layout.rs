@@ -71,7 +71,7 @@ pub(super) fn draft(graph: &Graph) -> Result<Draft, Error> {
         let home = Home {
             buffer: i,
             layout: Layout::contiguous(&s.shape),
-            storage: state_storage(s.dtype),
+            storage: Storage::of(s.dtype),
         };
         d.homes[s.first.0 as usize] = Some(home);
     }
@@ -101,12 +101,6 @@ pub(super) fn draft(graph: &Graph) -> Result<Draft, Error> {
         }
     }
     Ok(d.draft)
-}
-
-/// How a state's elements are kept between predictions: fp16 ones as 32-bit floats too, since a KV-cache rounded to fp16 is the
-/// largest error of a language model that is otherwise computed in 32 bits, and changes close decisions.
-pub fn state_storage(dtype: DType) -> Storage {
-    Storage::of(dtype)
 }
 
 impl Drafter<'_> {
@@ -281,7 +275,7 @@ impl Drafter<'_> {
         let to = Home {
             buffer: index,
             layout,
-            storage: state_storage(s.dtype),
+            storage: Storage::of(s.dtype),
         };
         self.copy_step(s.name.as_str().into(), from, to);
     }

@@ -1,7 +1,6 @@
 //! A graph laid out in memory: which step reads and writes what, where, in which order.
 
 mod layout;
-pub use layout::state_storage;
 mod memory;
 
 use crate::constant::Const;
