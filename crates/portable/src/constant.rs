@@ -17,6 +17,8 @@ pub struct Const {
     /// The elements.
     pub data: ConstData,
     dense: OnceLock<Arc<[f32]>>,
+    /// The matrix asked for first; few constants are asked for as two.
+    matrix: OnceLock<Weights>,
 }
 
 /// Elements of a constant.
@@ -169,6 +171,7 @@ impl Const {
             shape: shape.into(),
             data,
             dense: OnceLock::new(),
+            matrix: OnceLock::new(),
         }
     }
 
@@ -235,6 +238,18 @@ impl Const {
 
     /// The elements as a matrix `[rows, cols]` for the kernels, compressed as they are where the kernels read that.
     pub fn weights(&self, rows: usize, cols: usize) -> Result<Weights, String> {
+        if let Some(known) = self.matrix.get()
+            && (known.rows(), known.cols()) == (rows, cols)
+        {
+            return Ok(known.clone());
+        }
+        let made = self.make_weights(rows, cols)?;
+        // Another thread may have been first: what it made is as good.
+        let _ = self.matrix.set(made.clone());
+        Ok(made)
+    }
+
+    fn make_weights(&self, rows: usize, cols: usize) -> Result<Weights, String> {
         let packed = match &self.data {
             ConstData::F16(b) => Some(Weights::from_f16(rows, cols, b.clone())),
             ConstData::Lut(l) => l.weights(rows, cols, &self.shape),

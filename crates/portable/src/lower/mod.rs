@@ -214,6 +214,14 @@ impl<'m> Lowering<'m> {
             return self.constant(op);
         }
         let spec = ops::spec(&op.op_type).ok_or("the operator is not supported")?;
+        let literal = self.reads_literals_only(op);
+        if literal && let Some(known) = self.options.constants.derived(op) {
+            for (out, value) in op.outputs.iter().zip(known) {
+                let id = self.add_const(&out.name, value);
+                self.names.insert(&out.name, id);
+            }
+            return Ok(());
+        }
         check_parameters(op, spec)?;
         let mark = self.mark();
         let mut cx = OpCx::new(self, op, node_name(op));
@@ -221,7 +229,29 @@ impl<'m> Lowering<'m> {
         if matches!(done, Err(OpError::Dynamic(_))) {
             self.rewind(mark, op);
         }
+        if literal && done.is_ok() {
+            self.keep_constants(op);
+        }
         done
+    }
+
+    fn reads_literals_only(&self, op: &mil::Operation) -> bool {
+        let literal = |a: &mil::Argument| match a {
+            mil::Argument::Value(_) => true,
+            mil::Argument::Name(n) => self.literals.contains_key(n.as_str()),
+        };
+        op.blocks.is_empty() && op.inputs.iter().flat_map(|(_, list)| list).all(literal)
+    }
+
+    /// Keeps the results of an operation for the next time it is lowered, if all are constants.
+    fn keep_constants(&self, op: &'m mil::Operation) {
+        let result = |out: &mil::NamedType| {
+            let id = self.names.get(out.name.as_str())?;
+            self.graph.constant(*id).cloned()
+        };
+        if let Some(results) = op.outputs.iter().map(result).collect() {
+            self.options.constants.keep(op, results);
+        }
     }
 
     /// Lowers a block in the place of an operation, as part of the same graph; gives the values of its results.

@@ -8,7 +8,7 @@ use crate::op::{Args, Op};
 use candle_coreml_mil::DType;
 
 /// A way to look at the elements of an input without moving them.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum View {
     /// The same elements under another shape.
     Reshape(Shape),

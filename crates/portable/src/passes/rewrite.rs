@@ -6,16 +6,17 @@ use crate::op::Op;
 use crate::ops::view::View;
 use candle_coreml_mil::DType;
 use std::any::Any;
-use std::collections::HashMap;
 use std::sync::Arc;
 
 /// The graph so far.
 pub struct Rewriter {
     graph: Graph,
     done: Vec<Node>,
-    by: HashMap<ValueId, usize>,
+    /// For each value, the place in `done` of the node that gives it.
+    by: Vec<Option<u32>>,
     uses: Vec<u32>,
-    instead: HashMap<ValueId, ValueId>,
+    /// For each value, the one that is read in its place.
+    instead: Vec<Option<ValueId>>,
 }
 
 /// Rebuilds `graph`; `visit` gives true when it has dealt with the node itself (by [`Rewriter::replace`], [`Rewriter::alias`]).
@@ -25,9 +26,9 @@ pub fn rewrite(mut graph: Graph, mut visit: impl FnMut(&mut Rewriter, &Node) -> 
     let mut r = Rewriter {
         graph,
         done: Vec::with_capacity(nodes.len()),
-        by: HashMap::new(),
+        by: vec![None; uses.len()],
+        instead: vec![None; uses.len()],
         uses,
-        instead: HashMap::new(),
     };
     for mut node in nodes {
         for v in &mut node.inputs {
@@ -42,19 +43,23 @@ pub fn rewrite(mut graph: Graph, mut visit: impl FnMut(&mut Rewriter, &Node) -> 
 
 impl Rewriter {
     fn current(&self, v: ValueId) -> ValueId {
-        self.instead.get(&v).copied().unwrap_or(v)
+        self.instead.get(v.0 as usize).copied().flatten().unwrap_or(v)
     }
 
     fn push(&mut self, node: Node) {
         for &o in &node.outputs {
-            self.by.insert(o, self.done.len());
+            set(
+                &mut self.by,
+                o,
+                u32::try_from(self.done.len()).expect("fewer than 2^32 nodes"),
+            );
         }
         self.done.push(node);
     }
 
     fn finish(mut self) -> Graph {
         let instead = std::mem::take(&mut self.instead);
-        let current = |v: &mut ValueId| *v = instead.get(v).copied().unwrap_or(*v);
+        let current = |v: &mut ValueId| *v = instead.get(v.0 as usize).copied().flatten().unwrap_or(*v);
         self.graph.outputs.iter_mut().for_each(|(_, v)| current(v));
         self.graph.states.iter_mut().for_each(|s| current(&mut s.last));
         self.graph.nodes = self.done;
@@ -63,7 +68,8 @@ impl Rewriter {
 
     /// The node that gives a value.
     pub fn producer(&self, v: ValueId) -> Option<&Node> {
-        self.by.get(&v).map(|&i| &self.done[i])
+        let at = self.by.get(v.0 as usize).copied().flatten()?;
+        self.done.get(at as usize)
     }
 
     /// The node that gives a value, if its operation is a `T`.
@@ -142,9 +148,18 @@ impl Rewriter {
     pub fn alias(&mut self, node: &Node, v: ValueId) {
         if let Some(&o) = node.outputs.first() {
             self.uses[v.0 as usize] += self.uses[o.0 as usize].saturating_sub(1);
-            self.instead.insert(o, v);
+            set(&mut self.instead, o, v);
         }
     }
+}
+
+/// Notes something about a value.
+fn set<T: Copy>(table: &mut Vec<Option<T>>, v: ValueId, to: T) {
+    let at = v.0 as usize;
+    if at >= table.len() {
+        table.resize(at + 1, None);
+    }
+    table[at] = Some(to);
 }
 
 /// The operation of a node as a `T`.

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 /// Merges chains of views and shares equal ones.
 pub fn simplify(graph: Graph) -> Graph {
-    let mut seen: HashMap<(String, Vec<ValueId>), ValueId> = HashMap::new();
+    let mut seen: HashMap<(View, ValueId), ValueId> = HashMap::new();
     rewrite(graph, |r, node| {
         let Some(view) = as_op::<View>(node) else {
             return false;
@@ -28,7 +28,7 @@ pub fn simplify(graph: Graph) -> Graph {
             r.alias(node, x);
             return true;
         }
-        let key = (format!("{view:?}"), vec![x]);
+        let key = (view.clone(), x);
         if let Some(&same) = seen.get(&key) {
             r.alias(node, same);
             return true;

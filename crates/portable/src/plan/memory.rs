@@ -16,6 +16,12 @@ struct Life {
     last: usize,
 }
 
+impl Life {
+    fn overlaps(self, other: Life) -> bool {
+        self.first <= other.last && other.first <= self.last
+    }
+}
+
 struct Memory {
     buffers: Vec<Buffer>,
     lives: Vec<Life>,
@@ -253,32 +259,26 @@ impl Memory {
             }
         }
         order.sort_by_key(|&(units, b)| (std::cmp::Reverse(units), b));
-        let mut placed: Vec<BufferId> = Vec::new();
+        // In the order of their places.
+        let mut placed: Vec<(Range<usize>, Life)> = Vec::new();
         let mut total = 0;
         for (units, b) in order {
-            let mut taken: Vec<Range<usize>> = placed
-                .iter()
-                .filter(|&&p| self.overlap(p, b))
-                .map(|&p| ranges[p].clone())
-                .collect();
-            taken.sort_by_key(|r| r.start);
             let mut at = 0;
-            for r in taken {
-                if r.start >= at + units {
+            for (range, life) in &placed {
+                if range.start >= at + units {
                     break;
                 }
-                at = at.max(r.end);
+                if life.overlaps(self.lives[b]) {
+                    at = at.max(range.end);
+                }
             }
-            ranges[b] = at..at + units;
-            total = total.max(at + units);
-            placed.push(b);
+            let range = at..at + units;
+            let behind = placed.partition_point(|(r, _)| r.start <= at);
+            placed.insert(behind, (range.clone(), self.lives[b]));
+            total = total.max(range.end);
+            ranges[b] = range;
         }
         (ranges, total)
-    }
-
-    fn overlap(&self, a: BufferId, b: BufferId) -> bool {
-        let (a, b) = (self.lives[a], self.lives[b]);
-        a.first <= b.last && b.first <= a.last
     }
 
     fn operand(&self, home: &Home, ranges: &[Range<usize>]) -> Operand {
