@@ -41,6 +41,8 @@ pub enum Buffer {
     F16(Vec<f16>),
     /// 32-bit integers.
     I32(Vec<i32>),
+    /// 64-bit integers: the label of a classifier whose classes are numbers.
+    I64(Vec<i64>),
     /// Texts.
     Strings(Vec<String>),
     /// Numbers by label: the probabilities of a classifier, in the order of its classes.
@@ -73,13 +75,13 @@ impl Data<'_> {
 }
 
 impl OwnedArray {
-    /// The same value, borrowed; `None` for texts and dictionaries.
+    /// The same value, borrowed; `None` for texts, labels and dictionaries.
     pub fn as_array(&self) -> Option<Array<'_>> {
         let data = match &self.data {
             Buffer::F32(v) => Data::F32(v),
             Buffer::F16(v) => Data::F16(v),
             Buffer::I32(v) => Data::I32(v),
-            Buffer::Strings(_) | Buffer::Dictionary(_) => return None,
+            Buffer::I64(_) | Buffer::Strings(_) | Buffer::Dictionary(_) => return None,
         };
         Some(Array {
             shape: &self.shape,
@@ -93,6 +95,7 @@ impl OwnedArray {
             Buffer::F32(v) => v.clone(),
             Buffer::F16(v) => v.iter().map(|x| x.to_f32()).collect(),
             Buffer::I32(v) => v.iter().map(|&x| x as f32).collect(),
+            Buffer::I64(v) => v.iter().map(|&x| x as f32).collect(),
             Buffer::Strings(_) | Buffer::Dictionary(_) => Vec::new(),
         }
     }

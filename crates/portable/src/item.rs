@@ -25,6 +25,8 @@ pub enum Item {
     List(Arc<List>),
     /// Numbers by label: what a classifier gives.
     Dictionary(Arc<[(Label, f64)]>),
+    /// A label that is a number of 64 bits.
+    Number(i64),
 }
 
 impl Item {
@@ -42,6 +44,7 @@ impl Item {
             Item::Tensor { .. } => "a tensor",
             Item::List(_) => "a list",
             Item::Dictionary(_) => "a dictionary",
+            Item::Number(_) => "a 64-bit number",
         }
     }
 }

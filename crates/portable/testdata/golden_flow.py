@@ -57,6 +57,20 @@ def lists(f):
     f.raw("list_length", f"{make} {write} {length}", given, [entry("y", np.array([2], np.int32), "int32")])
 
 
+
+@family("classify")
+def classify(f):
+    classes = [7, -3, 1 << 40]
+    written = f"list<int64, 3>([{', '.join(map(str, classes))}])"
+    body = f"int64 label, dict<int64, fp64> p = classify(probabilities = x, classes = {written});"
+    # Of equal probabilities the first counts.
+    for values in ([0.25, 0.5, 0.25], [0.125, 0.125, 0.75], [0.5, 0.5, 0.0]):
+        x = np.array([values], np.float32)
+        label = np.array(classes[int(x.argmax())], np.int64)
+        outputs = [entry("label", label, "int64"), entry("p", x[0], "fp64")]
+        f.raw("classify", body, [entry("x", x, "fp32")], outputs, f"class {label}")
+
+
 @family("places")
 def places(f):
     for count in (0, 2, 6):

@@ -217,6 +217,8 @@ fn difference(want: &Tensor<'_>, got: &OwnedArray, tolerance: f64) -> Option<Str
         Buffer::F32(v) => v.iter().map(|&x| x.into()).collect(),
         Buffer::F16(v) => v.iter().map(|x| x.to_f64()).collect(),
         Buffer::I32(v) => v.iter().map(|&x| x.into()).collect(),
+        Buffer::I64(v) => v.iter().map(|&x| x as f64).collect(),
+        Buffer::Dictionary(v) => v.iter().map(|(_, x)| *x).collect(),
         _ => return Some("a result that is not a number".into()),
     };
     // Sums may cancel: what counts is the size of the values around.

@@ -5,7 +5,7 @@ use crate::allowed;
 use crate::builder::{Numerics, Options};
 use crate::error::{BoxError, Error};
 use crate::model::find_function;
-use crate::value::{Image, Pixels, Value};
+use crate::value::{Dictionary, Image, Pixels, Value};
 use candle_core::{Device, Tensor};
 use candle_coreml_kernels::Pool;
 use candle_coreml_mil::{
@@ -15,6 +15,7 @@ use candle_coreml_mil::{
 use candle_coreml_portable as portable;
 use half::f16;
 use std::any::Any;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// One function of a model on the portable engine.
@@ -211,7 +212,7 @@ fn check_kinds(function: &FunctionDescription) -> Result<(), Error> {
     use FeatureType::*;
     let refused_input =
         |f: &&Feature| !f.optional && matches!(f.ty, String | Dictionary { .. } | Sequence { .. });
-    let refused_output = |f: &&Feature| matches!(f.ty, Dictionary { .. } | Sequence { .. });
+    let refused_output = |f: &&Feature| matches!(f.ty, Sequence { .. });
     let refused = |side: &str, f: &Feature| failed(format!("{side} {} is not supported", allowed::named(f)));
     if let Some(f) = function.inputs.iter().find(refused_input) {
         return Err(refused("input", f));
@@ -279,7 +280,9 @@ fn give(feature: &Feature, array: portable::OwnedArray) -> Result<Value, Error> 
             text.map(Value::String)
                 .ok_or_else(|| failed(format!("output {:?} is empty", feature.name)))
         }
+        (FeatureType::Dictionary { .. }, Buffer::Dictionary(pairs)) => dictionary(feature, pairs),
         (FeatureType::Int64, Buffer::I32(v)) if v.len() == 1 => Ok(Value::Int64(v[0].into())),
+        (FeatureType::Int64, Buffer::I64(v)) if v.len() == 1 => Ok(Value::Int64(v[0])),
         (FeatureType::Double, Buffer::F32(v)) if v.len() == 1 => Ok(Value::Double(v[0].into())),
         (FeatureType::Double, Buffer::F16(v)) if v.len() == 1 => Ok(Value::Double(v[0].into())),
         (FeatureType::Image(description), data) => {
@@ -294,6 +297,25 @@ fn give(feature: &Feature, array: portable::OwnedArray) -> Result<Value, Error> 
             data,
         })
         .map(Value::Tensor),
+    }
+}
+
+/// Numbers by label, labels of one kind.
+fn dictionary(feature: &Feature, pairs: Vec<(portable::Label, f64)>) -> Result<Value, Error> {
+    let (mut texts, mut numbers) = (BTreeMap::new(), BTreeMap::new());
+    for (label, value) in pairs {
+        match label {
+            portable::Label::Text(text) => texts.insert(text, value),
+            portable::Label::Number(number) => numbers.insert(number, value),
+        };
+    }
+    match (texts.is_empty(), numbers.is_empty()) {
+        (_, true) => Ok(Value::Dictionary(Dictionary::Strings(texts))),
+        (true, false) => Ok(Value::Dictionary(Dictionary::Integers(numbers))),
+        (false, false) => Err(failed(format!(
+            "output {:?} has labels of two kinds",
+            feature.name
+        ))),
     }
 }
 

@@ -21,15 +21,14 @@ fn lower_classify(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
     cx.needs_values("probabilities")?;
     let values = cx.floats("probabilities")?.unwrap_or_default();
     let best = (0..count).fold(0, |best, i| if values[i] > values[best] { i } else { best });
-    let label = match &classes[best] {
-        Label::Text(text) => Const::new(DType::String, &[], ConstData::Strings([text.clone()].into())),
-        Label::Number(n) => {
-            let n = i32::try_from(*n).map_err(|_| format!("class {n} is outside 32 bits"))?;
-            Const::i32(DType::Int64, &[], vec![n])
+    match &classes[best] {
+        Label::Text(text) => {
+            let label = Const::new(DType::String, &[], ConstData::Strings([text.clone()].into()));
+            let label = cx.add_const(label);
+            cx.result(label)?;
         }
-    };
-    let label = cx.add_const(label);
-    cx.result(label)?;
+        Label::Number(n) => cx.result_item(Item::Number(*n))?,
+    }
     let pairs: Vec<(Label, f64)> = classes
         .into_iter()
         .zip(values.into_iter().map(f64::from))
@@ -67,7 +66,7 @@ pub const OPS: &[&OpSpec] = &[&OpSpec {
     since: "iOS15",
     inputs: &[req("probabilities"), req("classes")],
     outputs: Some(2),
-    support: Support::Partial("labels outside 32 bits"),
+    support: Support::Full,
     tolerance: 0.0,
     lower: lower_classify,
 }];

@@ -42,7 +42,7 @@ pub(super) fn keep(dtype: DType, array: OwnedArray) -> Const {
         Buffer::F32(v) => Const::f32(dtype, &array.shape, v),
         Buffer::I32(v) => Const::i32(dtype, &array.shape, v),
         Buffer::Strings(v) => Const::new(dtype, &array.shape, ConstData::Strings(v.into())),
-        Buffer::F16(_) | Buffer::Dictionary(_) => {
+        Buffer::F16(_) | Buffer::I64(_) | Buffer::Dictionary(_) => {
             let wide = array.to_f32();
             Const::f32(dtype, &array.shape, wide)
         }
@@ -74,6 +74,10 @@ pub(super) fn give(name: &str, item: Item, wide: bool) -> Result<OwnedArray, Err
         Item::Dictionary(pairs) => Ok(OwnedArray {
             shape: vec![pairs.len()],
             data: Buffer::Dictionary(pairs.to_vec()),
+        }),
+        Item::Number(label) => Ok(OwnedArray {
+            shape: Vec::new(),
+            data: Buffer::I64(vec![label]),
         }),
         Item::List(_) => Err(Error::Node {
             node: name.into(),
