@@ -30,6 +30,7 @@ mod inputs;
 mod model;
 mod outputs;
 mod state;
+mod trace;
 mod value;
 
 pub use builder::{ComputeUnits, CoreMLModelBuilder, Numerics};
@@ -43,4 +44,5 @@ pub use error::{BoxError, Error, FeatureRole};
 pub use model::CoreMLModel;
 pub use outputs::Outputs;
 pub use state::CoreMLState;
+pub use trace::TracedStep;
 pub use value::{Dictionary, Image, Pixels, Sequence, Value};

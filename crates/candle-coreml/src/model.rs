@@ -8,6 +8,7 @@ use crate::error::{Error, quoted};
 use crate::inputs::{self, Given, Ready};
 use crate::outputs::Outputs;
 use crate::state::CoreMLState;
+use crate::trace::TracedStep;
 use crate::value::Value;
 use candle_core::{Device, Module, Tensor};
 use candle_coreml_mil::{Description, Feature, FeatureType, FunctionDescription, Metadata};
@@ -234,7 +235,46 @@ impl CoreMLModel {
         self.run(&values(inputs), Some(state))
     }
 
+    /// Runs the function as [`predict_values`](Self::predict_values) does and shows every value the program computes on
+    /// the way, in order; constants and what follows from them alone are not among them. Operations are not merged, so
+    /// this is slower than a prediction, and results may differ in the last bits.
+    ///
+    /// # Errors
+    /// Those of [`predict_with_state`](Self::predict_with_state), and [`Error::EngineUnavailable`] for an engine that does
+    /// not show what it computes: CoreML.framework.
+    pub fn trace(
+        &self,
+        inputs: &[(&str, &Value)],
+        state: Option<&mut CoreMLState>,
+        mut see: impl FnMut(TracedStep),
+    ) -> Result<Outputs, Error> {
+        self.run_by(&values(inputs), state, |engine, inputs, state| {
+            engine.trace(inputs, state, &mut see)
+        })
+    }
+
+    /// What runs for the default shapes, as text for people: steps with their merged operations, memory, bytes, arithmetic.
+    ///
+    /// # Errors
+    /// [`Error::EngineUnavailable`] for CoreML.framework, [`Error::Engine`] when the shapes are open.
+    pub fn explain(&self) -> Result<String, Error> {
+        self.engine.explain()
+    }
+
     fn run(&self, given: &[(&str, Given<'_>)], state: Option<&mut CoreMLState>) -> Result<Outputs, Error> {
+        self.run_by(given, state, |engine, inputs, state| engine.predict(inputs, state))
+    }
+
+    fn run_by(
+        &self,
+        given: &[(&str, Given<'_>)],
+        state: Option<&mut CoreMLState>,
+        by: impl FnOnce(
+            &dyn Engine,
+            &[Input<'_>],
+            Option<&mut dyn EngineState>,
+        ) -> Result<Vec<(String, Value)>, Error>,
+    ) -> Result<Outputs, Error> {
         let function = self.engine.function();
         let state = self.fitting(state)?;
         let ready = inputs::ready(function, given)?;
@@ -252,7 +292,7 @@ impl CoreMLModel {
             })
             .collect();
         let state = state.map(|s| s.inner.as_mut() as &mut dyn EngineState);
-        let outputs = self.engine.predict(&inputs, state)?;
+        let outputs = by(self.engine.as_ref(), &inputs, state)?;
         let device = inputs::device(given);
         let finished = outputs.into_iter().map(|(name, value)| {
             let value = finish(function, &name, value, &device)?;

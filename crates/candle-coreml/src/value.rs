@@ -152,8 +152,9 @@ impl Image {
         })
     }
 
-    /// A picture from a `u8` tensor of shape [3, H, W] (red first), [1, H, W] or [H, W], with or without a leading
-    /// batch dimension of 1; a `f16` tensor of shape [1, H, W] or [H, W] gives 16-bit grey.
+    /// A picture from a `u8` tensor of shape [H, W, 3] or [3, H, W] (red first), [1, H, W] or [H, W], with or without a
+    /// leading batch dimension of 1; a `f16` tensor of shape [1, H, W] or [H, W] gives 16-bit grey. Where the first dimension
+    /// is 3 or 1 it is the channels.
     ///
     /// # Errors
     /// [`Error::Image`] for other shapes and dtypes.
@@ -164,11 +165,15 @@ impl Image {
                 tensor.dtype().as_str(),
                 tensor.dims()
             ),
-            allowed: "u8 [3, H, W], u8 or f16 [1, H, W] or [H, W], perhaps with a batch dimension of 1"
+            allowed: "u8 [H, W, 3] or [3, H, W], u8 or f16 [1, H, W] or [H, W], perhaps with a batch dimension of 1"
                 .to_string(),
         };
         let (channels, height, width) = match *tensor.dims() {
             [h, w] => (1, h, w),
+            [h, w, 3] | [1, h, w, 3] if h != 3 && h != 1 && tensor.dtype() == DType::U8 => {
+                let pixels = tensor.to_device(&Device::Cpu)?.flatten_all()?.to_vec1()?;
+                return Image::new(w, h, Pixels::Rgb(pixels));
+            }
             [c, h, w] | [1, c, h, w] => (c, h, w),
             _ => return Err(refuse()),
         };
@@ -253,6 +258,8 @@ mod tests {
                 .unwrap(),
             planes
         );
+        let last = tensor.permute((1, 2, 0)).unwrap();
+        assert_eq!(Image::from_tensor(&last).unwrap(), image, "channels last");
         let batched = Image::from_tensor(&tensor.unsqueeze(0).unwrap()).unwrap();
         assert_eq!(batched, image);
     }

@@ -28,5 +28,5 @@ pub use explain::{Explanation, StepReport};
 pub use graph::Graph;
 pub use lower::missing_ops_of as missing_ops;
 pub use model::{Model, Numerics, Options};
-pub use run::Observer;
+pub use run::{Done, Observer};
 pub use state::State;

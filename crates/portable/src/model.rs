@@ -37,6 +37,9 @@ pub struct Options {
     pub numerics: Numerics,
     /// Merge and rewrite operations; results stay within their tolerance.
     pub passes: bool,
+    /// Every value of the program is computed by a step of its own, those that only look at the elements of others
+    /// included, so that an [`Observer`] sees them; together with `passes: false`.
+    pub every_value: bool,
     /// Give fp16 outputs as 32-bit floats, not rounded: for models that feed each other.
     pub wide_outputs: bool,
     /// Threads; the process's shared pool when absent.
@@ -49,6 +52,7 @@ impl std::fmt::Debug for Options {
         f.debug_struct("Options")
             .field("numerics", &self.numerics)
             .field("passes", &self.passes)
+            .field("every_value", &self.every_value)
             .field("wide_outputs", &self.wide_outputs)
             .field("threads", &threads)
             .finish()
@@ -60,6 +64,7 @@ impl Default for Options {
         Options {
             numerics: Numerics::Default,
             passes: true,
+            every_value: false,
             wide_outputs: false,
             pool: None,
         }
@@ -158,6 +163,33 @@ impl Model {
         };
         model.prepare()?;
         Ok(model)
+    }
+
+    /// The same function of the same file, opened with other options; what was read of the file is shared.
+    ///
+    /// # Errors
+    /// When the function cannot be lowered.
+    pub fn with_options(&self, options: Options) -> Result<Model, Error> {
+        let shared = Shared {
+            file: self.shared.file.clone(),
+            pool: options.pool.clone().unwrap_or_else(|| self.shared.pool.clone()),
+            options,
+            constants: self.shared.constants.clone(),
+            plans: Mutex::new(Recent::new(PLANS_KEPT)),
+            staged: Mutex::default(),
+            idle: Mutex::default(),
+        };
+        let model = Model {
+            shared: Arc::new(shared),
+            function: self.function,
+        };
+        model.prepare()?;
+        Ok(model)
+    }
+
+    /// The options the model was opened with.
+    pub fn options(&self) -> &Options {
+        &self.shared.options
     }
 
     /// Name of the function.
@@ -286,6 +318,8 @@ impl Model {
     fn optimize(&self, graph: Graph) -> Graph {
         if self.shared.options.passes && !self.faithful() {
             passes::optimize(graph)
+        } else if self.shared.options.every_value {
+            passes::every_value(passes::clean(graph))
         } else {
             passes::clean(graph)
         }

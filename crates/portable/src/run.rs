@@ -28,8 +28,21 @@ pub trait Observer {
         true
     }
 
-    /// Called with the step, the time it took, and its results (none when they are not wanted).
-    fn after(&mut self, step: &Step, elapsed: Duration, results: &[OwnedArray]);
+    /// Called after each step.
+    fn after(&mut self, done: &Done<'_>);
+}
+
+/// A step that ran.
+#[derive(Debug)]
+pub struct Done<'a> {
+    /// The step.
+    pub step: &'a Step,
+    /// The time it took.
+    pub elapsed: Duration,
+    /// Its results, none when they are not wanted: fp16 ones as 32-bit floats, rounded where the run is faithful.
+    pub results: &'a [OwnedArray],
+    /// Finite numbers among fp16 results that fp16 cannot hold; a faithful run goes on with infinity in their place.
+    pub overflows: usize,
 }
 
 /// What a run is done with.
@@ -40,6 +53,21 @@ pub struct RunOptions<'a> {
     pub faithful: bool,
     /// Sees every step.
     pub observer: Option<&'a mut dyn Observer>,
+}
+
+/// The smallest magnitude that rounds to infinity in fp16.
+const F16_OVERFLOW: f32 = 65520.0;
+
+/// Where a step's fp16 results lie that are computed as 32-bit floats, without the padding behind them.
+fn halves(step: &Step) -> impl Iterator<Item = Range<usize>> + '_ {
+    step.outputs.iter().zip(&step.dtypes).filter_map(|(o, dtype)| {
+        let (Place::Arena(r), Storage::F32, DType::Fp16) = (&o.place, o.storage, dtype) else {
+            return None;
+        };
+        // Results are written without gaps from the start of their range.
+        let end = r.start + elements(&o.layout.shape);
+        Some(r.start..end.min(r.end))
+    })
 }
 
 impl Default for Workspace {
@@ -110,18 +138,24 @@ impl Workspace {
         for step in &plan.steps {
             let start = options.observer.as_ref().map(|_| Instant::now());
             self.step(step, states, options.pool)?;
+            let elapsed = start.map(|s| s.elapsed());
+            let wanted = options.observer.as_ref().is_some_and(|o| o.wants_results());
+            let overflows = if wanted { self.overflows(step) } else { 0 };
             if options.faithful {
                 self.round(step);
             }
-            if let (Some(observer), Some(start)) = (options.observer.as_deref_mut(), start) {
-                let elapsed = start.elapsed();
+            if let (Some(observer), Some(elapsed)) = (options.observer.as_deref_mut(), elapsed) {
                 let mut results = Vec::new();
-                if observer.wants_results() {
-                    for (o, dtype) in step.outputs.iter().zip(&step.dtypes) {
-                        results.push(self.read(options.pool, o, *dtype, states)?);
-                    }
+                for (o, dtype) in step.outputs.iter().zip(&step.dtypes).filter(|_| wanted) {
+                    let dtype = if dtype.is_float() { DType::Fp32 } else { *dtype };
+                    results.push(self.read(options.pool, o, dtype, states)?);
                 }
-                observer.after(step, elapsed, &results);
+                observer.after(&Done {
+                    step,
+                    elapsed,
+                    results: &results,
+                    overflows,
+                });
             }
         }
         Ok(())
@@ -194,13 +228,24 @@ impl Workspace {
 
     /// Rounds fp16 results to what fp16 can hold.
     fn round(&mut self, step: &Step) {
-        for (o, dtype) in step.outputs.iter().zip(&step.dtypes) {
-            if let (Place::Arena(r), Storage::F32, DType::Fp16) = (&o.place, o.storage, dtype)
-                && let Some(memory) = self.arena.as_mut_slice().get_mut(r.clone())
-            {
+        for r in halves(step) {
+            if let Some(memory) = self.arena.as_mut_slice().get_mut(r) {
                 kernels::round_to_f16(memory);
             }
         }
+    }
+
+    /// Finite numbers among a step's fp16 results that would be infinite in fp16.
+    fn overflows(&mut self, step: &Step) -> usize {
+        let arena = self.arena.as_mut_slice();
+        let over = |r: Range<usize>| {
+            let memory = arena.get(r).unwrap_or(&[]);
+            memory
+                .iter()
+                .filter(|v| v.is_finite() && v.abs() >= F16_OVERFLOW)
+                .count()
+        };
+        halves(step).map(over).sum()
     }
 
     /// A copy of an operand's elements, as the type the file writes.

@@ -11,6 +11,7 @@ mod portable;
 
 use crate::builder::{Options, Origin};
 use crate::error::Error;
+use crate::trace::TracedStep;
 use crate::value::Value;
 use candle_core::Tensor;
 use candle_coreml_mil::{Description, FunctionDescription, Model};
@@ -65,6 +66,28 @@ pub(crate) trait Engine: Send + Sync {
         inputs: &[Input<'_>],
         state: Option<&mut dyn EngineState>,
     ) -> Result<Vec<(String, Value)>, Error>;
+
+    /// As [`Engine::predict`], showing every value of the program on the way.
+    fn trace(
+        &self,
+        _inputs: &[Input<'_>],
+        _state: Option<&mut dyn EngineState>,
+        _see: &mut dyn FnMut(TracedStep),
+    ) -> Result<Vec<(String, Value)>, Error> {
+        Err(shows_nothing(self.kind()))
+    }
+
+    /// The plan that runs for the default shapes, as text: steps, merged operations, memory, arithmetic.
+    fn explain(&self) -> Result<String, Error> {
+        Err(shows_nothing(self.kind()))
+    }
+}
+
+fn shows_nothing(engine: EngineKind) -> Error {
+    Error::EngineUnavailable {
+        engine,
+        reason: "it does not show what it computes; the portable engine does".to_string(),
+    }
 }
 
 /// The buffers of one state. Not `Sync`: Core ML allows one call at a time, reading included.

@@ -5,6 +5,7 @@ use crate::allowed;
 use crate::builder::{Numerics, Options};
 use crate::error::{BoxError, Error};
 use crate::model::find_function;
+use crate::trace::TracedStep;
 use crate::value::{Dictionary, Image, Pixels, Value};
 use candle_core::{Device, Tensor};
 use candle_coreml_kernels::Pool;
@@ -99,6 +100,67 @@ impl Engine for PortableEngine {
         inputs: &[Input<'_>],
         state: Option<&mut dyn EngineState>,
     ) -> Result<Vec<(String, Value)>, Error> {
+        self.run(inputs, state, |arrays, state| self.model.predict(arrays, state))
+    }
+
+    fn trace(
+        &self,
+        inputs: &[Input<'_>],
+        state: Option<&mut dyn EngineState>,
+        see: &mut dyn FnMut(TracedStep),
+    ) -> Result<Vec<(String, Value)>, Error> {
+        let options = portable::Options {
+            passes: false,
+            every_value: true,
+            ..self.model.options().clone()
+        };
+        let model = self.model.with_options(options).map_err(failed)?;
+        let mut tracer = Tracer { see, failure: None };
+        let outputs = self.run(inputs, state, |arrays, state| {
+            model.observe(arrays, state, &mut tracer)
+        });
+        tracer.failure.map_or(outputs, Err)
+    }
+
+    fn explain(&self) -> Result<String, Error> {
+        Ok(self.model.explain().map_err(failed)?.to_string())
+    }
+}
+
+/// Shows the steps of a run to a caller of this crate.
+struct Tracer<'a> {
+    see: &'a mut dyn FnMut(TracedStep),
+    failure: Option<Error>,
+}
+
+impl portable::Observer for Tracer<'_> {
+    fn after(&mut self, done: &portable::Done<'_>) {
+        let values: Result<Vec<Tensor>, Error> = done.results.iter().cloned().map(tensor).collect();
+        match values {
+            Ok(values) => (self.see)(TracedStep {
+                name: done.step.name.to_string(),
+                operation: done.step.op.name(),
+                elapsed: done.elapsed,
+                dtypes: done.step.dtypes.to_vec(),
+                values,
+                overflows: done.overflows,
+            }),
+            Err(error) => self.failure = self.failure.take().or(Some(error)),
+        }
+    }
+}
+
+impl PortableEngine {
+    /// Converts inputs, has them run, converts the results.
+    fn run<'s>(
+        &self,
+        inputs: &[Input<'_>],
+        state: Option<&'s mut dyn EngineState>,
+        run: impl FnOnce(
+            &[(&str, portable::Array<'_>)],
+            Option<&'s mut portable::State>,
+        ) -> Result<Vec<(String, portable::OwnedArray)>, portable::Error>,
+    ) -> Result<Vec<(String, Value)>, Error> {
         let function = self.function();
         let taken = inputs
             .iter()
@@ -113,7 +175,7 @@ impl Engine for PortableEngine {
             Some(state) => Some(own(state)?),
             None => None,
         };
-        let mut results = self.model.predict(&arrays, state).map_err(failed)?;
+        let mut results = run(&arrays, state).map_err(failed)?;
         let in_order = function.outputs.iter().map(|feature| {
             let at = results.iter().position(|(name, _)| *name == feature.name);
             let at = at.ok_or_else(|| failed(format!("output {:?} was not computed", feature.name)))?;

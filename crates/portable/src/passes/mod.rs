@@ -7,7 +7,9 @@ mod rewrite;
 mod rotary;
 mod views;
 
-use crate::graph::Graph;
+use crate::graph::{Graph, Node, Source};
+use crate::plan::Copy;
+use std::sync::Arc;
 
 /// All passes, in order.
 pub fn optimize(graph: Graph) -> Graph {
@@ -20,6 +22,27 @@ pub fn optimize(graph: Graph) -> Graph {
     let graph = views::simplify(views::sink(graph));
     let graph = linear::epilogues(graph);
     linear::share_input(views::simplify(graph))
+}
+
+/// Gives what only looks at the elements of another value memory of its own, so that every value is computed by a step.
+pub fn every_value(mut graph: Graph) -> Graph {
+    for node in std::mem::take(&mut graph.nodes) {
+        let (true, [out]) = (node.op.is_view(), node.outputs.as_slice()) else {
+            graph.nodes.push(node);
+            continue;
+        };
+        let (out, value) = (*out, graph.value(node.outputs[0]).clone());
+        let seen = graph.add_value(value.name, value.dtype, &value.shape, Source::Node);
+        let copy = Node {
+            name: node.name.clone(),
+            op: Arc::new(Copy),
+            inputs: smallvec::smallvec![seen],
+            outputs: smallvec::smallvec![out],
+        };
+        let outputs = smallvec::smallvec![seen];
+        graph.nodes.extend([Node { outputs, ..node }, copy]);
+    }
+    graph
 }
 
 /// Drops nodes whose results nobody reads.

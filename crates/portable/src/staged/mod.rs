@@ -21,7 +21,7 @@ use crate::op::{Args, Op};
 use crate::ops;
 use crate::ops::blocks::{Control, control};
 use crate::plan::{Plan, Step};
-use crate::run::{Observer, RunOptions, Workspace};
+use crate::run::{Done, Observer, RunOptions, Workspace};
 use crate::state::StateBuffer;
 use candle_coreml_mil::{self as mil, DType};
 use outline::{BlockId, Id};
@@ -397,7 +397,7 @@ impl<'a, 'o> Runner<'a, 'o> {
             if let Some(Item::Tensor { value, .. }) = &self.values[id] {
                 dtypes.push(value.dtype);
                 if observer.wants_results() {
-                    results.push(border::array(value, false));
+                    results.push(border::array(value, true));
                 }
             }
         }
@@ -408,7 +408,12 @@ impl<'a, 'o> Runner<'a, 'o> {
             outputs: smallvec::SmallVec::new(),
             dtypes,
         };
-        observer.after(&step, elapsed, &results);
+        observer.after(&Done {
+            step: &step,
+            elapsed,
+            results: &results,
+            overflows: 0,
+        });
     }
 }
 
