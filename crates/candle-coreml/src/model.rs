@@ -262,7 +262,9 @@ impl CoreMLModel {
     }
 
     fn run(&self, given: &[(&str, Given<'_>)], state: Option<&mut CoreMLState>) -> Result<Outputs, Error> {
-        self.run_by(given, state, |engine, inputs, state| engine.predict(inputs, state))
+        self.run_by(given, state, |engine, inputs, state| {
+            engine.predict(inputs, state)
+        })
     }
 
     fn run_by(

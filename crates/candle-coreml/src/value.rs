@@ -159,7 +159,8 @@ impl Image {
     /// # Errors
     /// [`Error::Image`] for other shapes and dtypes.
     pub fn from_tensor(tensor: &Tensor) -> Result<Self, Error> {
-        let refuse = || Error::Image {
+        let refuse = || {
+            Error::Image {
             found: format!(
                 "a {} tensor of shape {:?}",
                 tensor.dtype().as_str(),
@@ -167,6 +168,7 @@ impl Image {
             ),
             allowed: "u8 [H, W, 3] or [3, H, W], u8 or f16 [1, H, W] or [H, W], perhaps with a batch dimension of 1"
                 .to_string(),
+        }
         };
         let (channels, height, width) = match *tensor.dims() {
             [h, w] => (1, h, w),

@@ -35,8 +35,14 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Run a model once on arrays from files.
+    /// Run a model once on arrays and pictures from files.
     Predict(PredictArgs),
+    /// Show every value a program computes on its way: smallest, largest, mean, NaN, infinity, fp16 overflow.
+    Trace(TraceArgs),
+    /// Compare a model's outputs with a saved set, or save one.
+    Verify(VerifyArgs),
+    /// Print the plan that runs for the default shapes: steps, merged operations, memory, arithmetic.
+    Explain(ExplainArgs),
     /// Continue a prompt; without BUNDLE with the demo model inside this program.
     Generate(GenerateArgs),
     /// Talk with a model; without BUNDLE with the demo model inside this program.
@@ -52,13 +58,87 @@ pub struct PredictArgs {
     /// The function to run; without it the model's default.
     #[arg(long, value_name = "NAME")]
     pub function: Option<String>,
-    /// NAME=FILE.npy, NAME=FILE.npz:ARRAY, NAME=FILE.npz (its array NAME), FILE.npz (all its arrays), or NAME=VALUE
-    /// for numbers and strings. Repeat for several.
-    #[arg(long = "input", short = 'i', value_name = "INPUT")]
-    pub inputs: Vec<String>,
-    /// Folder for one .npy file an output, or a .npz file for all.
+    #[command(flatten)]
+    pub inputs: InputArgs,
+    /// Folder for one file an output (.npy, .png for pictures), or a .npz file for all.
     #[arg(long, short = 'o', value_name = "DIR")]
     pub output: PathBuf,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+}
+
+/// What a model is fed.
+#[derive(Debug, Args)]
+pub struct InputArgs {
+    /// NAME=FILE.npy, NAME=FILE.npz:ARRAY, NAME=FILE.npz (its array NAME), FILE.npz (all its arrays), NAME=PICTURE
+    /// (PNG, JPEG, BMP, WebP) for pictures, or NAME=VALUE for numbers and strings. Repeat for several.
+    #[arg(long = "input", short = 'i', value_name = "INPUT")]
+    pub inputs: Vec<String>,
+    /// Fill the inputs that are not given with random values of their default shapes.
+    #[arg(long, value_name = "SEED")]
+    pub random: Option<u64>,
+    /// Fit pictures of other sizes to the size the input takes.
+    #[arg(long)]
+    pub resize: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct TraceArgs {
+    /// A .mlpackage, .mlmodel or .mlmodelc.
+    pub model: PathBuf,
+    /// The function to run; without it the model's default.
+    #[arg(long, value_name = "NAME")]
+    pub function: Option<String>,
+    #[command(flatten)]
+    pub inputs: InputArgs,
+    /// Show the values whose names contain this.
+    #[arg(long, value_name = "TEXT")]
+    pub only: Option<String>,
+    /// Save the values shown: a folder for one .npy file each, or a .npz file for all.
+    #[arg(long, short = 'o', value_name = "DIR")]
+    pub output: Option<PathBuf>,
+    /// Print one JSON object a line.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// A .mlpackage, .mlmodel or .mlmodelc.
+    pub model: PathBuf,
+    /// The function to run; without it the model's default.
+    #[arg(long, value_name = "NAME")]
+    pub function: Option<String>,
+    /// The saved set: a .npz file with arrays `inputs/NAME` and `outputs/NAME`.
+    #[arg(long, value_name = "FILE")]
+    pub golden: PathBuf,
+    /// Run the model on the inputs given and save inputs and outputs to the file of --golden.
+    #[arg(long)]
+    pub record: bool,
+    #[command(flatten)]
+    pub inputs: InputArgs,
+    /// Difference allowed in any case.
+    #[arg(long, value_name = "X", default_value_t = 1e-4)]
+    pub atol: f64,
+    /// Difference allowed as a part of the saved value.
+    #[arg(long, value_name = "X", default_value_t = 1e-3)]
+    pub rtol: f64,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct ExplainArgs {
+    /// A .mlpackage, .mlmodel or .mlmodelc.
+    pub model: PathBuf,
+    /// The function; without it the model's default.
+    #[arg(long, value_name = "NAME")]
+    pub function: Option<String>,
     #[command(flatten)]
     pub engine: EngineArgs,
 }
@@ -253,6 +333,11 @@ mod tests {
             "inspect m.mlpackage --json",
             "ops m.mlpackage",
             "predict m.mlpackage --function f --input x=a.npy --input y=b.npz --output out",
+            "predict m.mlmodel -i image=cat.jpg --resize -o out.npz",
+            "trace m.mlpackage --random 7 --numerics faithful --only conv -o values.npz --json",
+            "verify m.mlpackage --golden g.npz --record --random 1",
+            "verify m.mlpackage --golden g.npz --atol 0.01 --rtol 0 --json",
+            "explain m.mlpackage --function prefill",
             "generate --prompt hi",
             "generate dir --prompt - --raw --max-tokens 3 --temperature 1 --top-k 4 --top-p 0.9 --min-p 0.1 --seed 7 --json",
             "chat",

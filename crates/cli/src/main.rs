@@ -4,15 +4,20 @@ mod args;
 mod bench;
 mod chat;
 mod demo;
+mod explain;
 mod failure;
 mod generate;
+mod inputs;
 mod inspect;
 mod interrupt;
 mod model_facts;
 mod npy;
 mod ops;
+mod picture;
 mod predict;
 mod terminal;
+mod trace;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -25,6 +30,9 @@ fn main() -> ExitCode {
         Command::Inspect { model, json } => inspect::run(&model, json),
         Command::Ops { model, json } => ops::run(&model, json),
         Command::Predict(args) => predict::run(&args),
+        Command::Trace(args) => trace::run(&args),
+        Command::Verify(args) => verify::run(&args),
+        Command::Explain(args) => explain::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Chat(args) => chat::run(&args),
         Command::Bench(args) => bench::run(&args),

@@ -1,44 +1,28 @@
-//! `predict`: one run of a model on arrays from files.
+//! `predict`: one run of a model on arrays, pictures and values.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::Path;
 
-use candle_core::Tensor;
-use candle_coreml::{CoreMLModel, CoreMLModelBuilder, FeatureType, Image, Value};
+use candle_coreml::{CoreMLModel, Dictionary, Value};
 
 use crate::args::PredictArgs;
 use crate::failure::{DONE, Failure, Outcome};
-use crate::{npy, terminal};
+use crate::inputs::{self, Values};
+use crate::{npy, picture, terminal};
 
 pub fn run(args: &PredictArgs) -> Outcome {
-    let options = args.engine.load_options();
-    let mut builder = CoreMLModelBuilder::new(&args.model)
-        .engine(options.engine)
-        .compute_units(options.compute_units)
-        .numerics(options.numerics)
-        .threads(options.threads);
-    if let Some(function) = &args.function {
-        builder = builder.function(function);
-    }
     let spinner = terminal::spinner("opening and running the model");
-    let outputs = builder
-        .load()
-        .map_err(Failure::from)
-        .and_then(|model| predict(&model, &args.inputs));
+    let outputs = inputs::open(&args.model, args.function.as_deref(), &args.engine)
+        .and_then(|model| predict(&model, &inputs::read(&model, &args.inputs)?));
     spinner.finish_and_clear();
     write_outputs(&args.output, outputs?)?;
     Ok(DONE)
 }
 
-fn predict(model: &CoreMLModel, inputs: &[String]) -> Result<Vec<(String, Value)>, Failure> {
-    let mut values = Vec::new();
-    for input in inputs {
-        values.extend(read_input(model, input)?);
-    }
-    let named: Vec<(&str, &Value)> = values
-        .iter()
-        .map(|(name, value)| (name.as_str(), value))
-        .collect();
+/// One prediction; states start at zero.
+pub fn predict(model: &CoreMLModel, values: &Values) -> Result<Values, Failure> {
+    let named = inputs::borrowed(values);
     let outputs = if model.states().is_empty() {
         model.predict_values(&named)?
     } else {
@@ -47,92 +31,35 @@ fn predict(model: &CoreMLModel, inputs: &[String]) -> Result<Vec<(String, Value)
     Ok(outputs.into_iter().collect())
 }
 
-/// The values one `--input` gives.
-fn read_input(model: &CoreMLModel, input: &str) -> Result<Vec<(String, Value)>, Failure> {
-    let Some((name, source)) = input.split_once('=') else {
-        if !input.ends_with(".npz") {
-            return Err(Failure::usage(format!(
-                "--input {input}: needed NAME=FILE.npy, NAME=FILE.npz or FILE.npz"
-            )));
-        }
-        let arrays = npy::read_all(Path::new(input))?;
-        return arrays
-            .into_iter()
-            .map(|(name, tensor)| Ok((name.clone(), array(model, &name, tensor)?)))
-            .collect();
-    };
-    let value = match read_source(name, source)? {
-        Some(tensor) => array(model, name, tensor)?,
-        None => plain(model, name, source)?,
-    };
-    Ok(vec![(name.to_owned(), value)])
-}
-
-/// The array a source names, `None` for what is no file name.
-fn read_source(name: &str, source: &str) -> Result<Option<Tensor>, Failure> {
-    if source.ends_with(".npy") {
-        return npy::read_npy(Path::new(source)).map(Some);
-    }
-    if source.ends_with(".npz") {
-        return npy::read_npz(Path::new(source), name).map(Some);
-    }
-    match source.rsplit_once(':') {
-        Some((file, array)) if file.ends_with(".npz") => npy::read_npz(Path::new(file), array).map(Some),
-        _ => Ok(None),
-    }
-}
-
-/// An array as the input takes it: a picture from bytes of [height, width, channels] where the input is one.
-fn array(model: &CoreMLModel, name: &str, tensor: Tensor) -> Result<Value, Failure> {
-    let input = model.inputs().iter().find(|input| input.name == name);
-    match input.map(|input| &input.ty) {
-        Some(FeatureType::Image(_)) => Ok(Value::Image(Image::from_tensor(&tensor)?)),
-        _ => Ok(Value::Tensor(tensor)),
-    }
-}
-
-/// A number or a string written on the command line.
-fn plain(model: &CoreMLModel, name: &str, text: &str) -> Result<Value, Failure> {
-    let input = model.inputs().iter().find(|input| input.name == name);
-    let wrong = |what| Failure::usage(format!("--input {name}={text}: {what}"));
-    match input.map(|input| &input.ty) {
-        Some(FeatureType::Int64) => text
-            .parse()
-            .map(Value::Int64)
-            .map_err(|_| wrong("the input takes a whole number")),
-        Some(FeatureType::Double) => text
-            .parse()
-            .map(Value::Double)
-            .map_err(|_| wrong("the input takes a number")),
-        Some(FeatureType::String) => Ok(Value::String(text.to_owned())),
-        Some(_) => Err(wrong(
-            "the input takes an array: FILE.npy, FILE.npz or FILE.npz:ARRAY",
-        )),
-        None => {
-            let names: Vec<&str> = model.inputs().iter().map(|input| input.name.as_str()).collect();
-            Err(Failure::usage(format!(
-                "--input {name}: the function takes {}",
-                names.join(", ")
-            )))
-        }
-    }
-}
-
-fn write_outputs(place: &Path, outputs: Vec<(String, Value)>) -> Result<(), Failure> {
+fn write_outputs(place: &Path, outputs: Values) -> Result<(), Failure> {
     let mut out = terminal::out();
+    let single = place.extension().is_some_and(|ending| ending == "npz");
+    if !single {
+        std::fs::create_dir_all(place).map_err(|e| Failure::new(format!("{}: {e}", place.display())))?;
+    }
     let mut tensors = Vec::new();
     for (name, value) in outputs {
         match value {
             Value::Tensor(tensor) => tensors.push((name, tensor)),
-            Value::Image(image) => tensors.push((name, image.to_tensor()?)),
+            Value::Image(image) => {
+                let file = place.join(format!("{}.png", file_name(&name)));
+                if !single && picture::write(&file, &image)? {
+                    writeln!(
+                        out,
+                        "{name} {} x {} {}",
+                        image.width(),
+                        image.height(),
+                        file.display()
+                    )?;
+                } else {
+                    tensors.push((name, image.to_tensor()?));
+                }
+            }
             other => writeln!(out, "{name} {}", shown(&other))?,
         }
     }
-    let single = place.extension().is_some_and(|ending| ending == "npz");
     if single {
         npy::write_npz(place, &tensors)?;
-    } else {
-        std::fs::create_dir_all(place).map_err(|e| Failure::new(format!("{}: {e}", place.display())))?;
     }
     for (name, tensor) in &tensors {
         let file = if single {
@@ -159,12 +86,22 @@ fn shown(value: &Value) -> String {
         Value::String(text) => text.clone(),
         Value::Int64(number) => number.to_string(),
         Value::Double(number) => number.to_string(),
+        Value::Dictionary(Dictionary::Strings(pairs)) => listed(pairs),
+        Value::Dictionary(Dictionary::Integers(pairs)) => listed(pairs),
         other => format!("{other:?}"),
     }
 }
 
-/// An output's name without what file names cannot have.
-fn file_name(name: &str) -> String {
+/// Labels with their numbers, the largest first.
+fn listed<K: std::fmt::Display>(pairs: &BTreeMap<K, f64>) -> String {
+    let mut pairs: Vec<(&K, &f64)> = pairs.iter().collect();
+    pairs.sort_by(|a, b| b.1.total_cmp(a.1));
+    let words = pairs.iter().map(|(label, number)| format!("{label}: {number}"));
+    words.collect::<Vec<_>>().join(", ")
+}
+
+/// A name without what file names cannot have.
+pub fn file_name(name: &str) -> String {
     name.chars()
         .map(|c| {
             if c.is_alphanumeric() || "_-.".contains(c) {

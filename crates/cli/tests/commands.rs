@@ -289,3 +289,103 @@ fn ctrl_c_ends_a_text_cleanly() {
     assert_eq!(output.status.code(), Some(130));
     assert!(String::from_utf8_lossy(&output.stderr).contains("ended by cancelled"));
 }
+
+/// A picture in, a picture and probabilities out, and an fp16 value that overflows on the way.
+const PICTURES: &str = r#"program(1.3) {
+    func main<ios18>(tensor<fp16, [1, 4]> x, tensor<int32, [1]> n) {
+        tensor<fp16, [1, 4]> large = mul(x = x, y = fp16(0x1p+12));
+        tensor<fp16, [1, 4]> larger = mul(x = large, y = fp16(0x1p+12));
+        tensor<fp16, [4, 1]> turned = transpose(perm = tensor<int32, [2]>([1, 0]), x = larger);
+        tensor<fp16, [1, 4]> back = transpose(perm = tensor<int32, [2]>([1, 0]), x = turned);
+        tensor<fp16, [1, 4]> y = mul(x = back, y = fp16(0x1p-20));
+        tensor<int32, [1]> twice = add(x = n, y = n);
+    } -> (y, twice);
+}"#;
+
+fn written_model(folder: &std::path::Path) -> String {
+    let model = folder.join("m.mlmodelc");
+    std::fs::create_dir(&model).unwrap();
+    std::fs::write(model.join("model.mil"), PICTURES).unwrap();
+    model.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn trace_shows_every_value_and_where_fp16_overflows_first() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = written_model(folder.path());
+    let saved = folder.path().join("values");
+    let saved = saved.to_str().unwrap();
+    for (numerics, last_inf) in [("faithful", true), ("default", false)] {
+        let output = run(&[
+            "trace",
+            &model,
+            "--random",
+            "3",
+            "--numerics",
+            numerics,
+            "--json",
+            "-o",
+            saved,
+        ]);
+        let rows: Vec<serde_json::Value> = stdout(&output)
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        let names: Vec<&str> = rows.iter().map(|r| r["name"].as_str().unwrap()).collect();
+        assert_eq!(
+            names,
+            ["large", "larger", "turned", "back", "y", "twice"],
+            "{numerics}"
+        );
+        let overflows: Vec<u64> = rows.iter().map(|r| r["overflow"].as_u64().unwrap()).collect();
+        assert_eq!(overflows[0], 0);
+        assert_eq!(overflows[1], 4, "|x| is above 2^-8 in all four elements");
+        let inf = rows[4]["inf"].as_u64().unwrap();
+        assert_eq!(inf > 0, last_inf, "{numerics}: {rows:?}");
+    }
+    let only = stdout(&run(&["trace", &model, "--random", "3", "--only", "arg"]));
+    assert_eq!(only.lines().count(), 3, "a heading, large and larger: {only}");
+    for name in names_in(folder.path().join("values")) {
+        assert!(name.ends_with(".npy"), "{name}");
+    }
+}
+
+fn names_in(folder: PathBuf) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).unwrap();
+    entries
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect()
+}
+
+#[test]
+fn verify_compares_with_what_it_recorded_and_names_the_worst_element() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = written_model(folder.path());
+    let golden = folder.path().join("g.npz");
+    let golden = golden.to_str().unwrap();
+    stdout(&run(&[
+        "verify", &model, "--golden", golden, "--record", "--random", "5",
+    ]));
+    let text = stdout(&run(&["verify", &model, "--golden", golden]));
+    assert_eq!(text.matches(" ok: 0 of ").count(), 2, "{text}");
+    // Other inputs than the saved ones give other outputs.
+    let out = run(&["verify", &model, "--golden", golden, "--random", "6", "--json"]);
+    assert_eq!(out.status.code(), Some(1));
+    let rows: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!(rows[1]["output"], "y");
+    assert_eq!(rows[1]["ok"], false);
+    assert!(rows[1]["wrong"].as_u64().unwrap() > 0);
+    assert_eq!(rows[1]["worst"].as_array().unwrap().len(), 2);
+    let missing = run(&["verify", &model, "--golden", "nothing.npz"]);
+    assert_eq!(missing.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&missing.stderr).contains("nothing.npz"));
+}
+
+#[test]
+fn explain_prints_the_steps_of_the_plan() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = written_model(folder.path());
+    let text = stdout(&run(&["explain", &model]));
+    assert!(text.contains("function \"main\""), "{text}");
+    assert!(text.contains("[1, 4]") && text.contains("Mflop"), "{text}");
+}
