@@ -34,7 +34,9 @@ pub mod weights;
 
 pub use arena::{ALIGN_ELEMENTS, Arena};
 pub use attention::{Attention, attention};
-pub use conv::{Conv, ConvParams, conv, conv_transpose};
+pub use conv::{
+    Conv, ConvBeside, ConvLast, ConvParams, PackedConv, conv, conv_last, conv_transpose, has_conv_last,
+};
 pub use copy::{ConvertTo, copy, f16_to_f32, f32_to_f16, round_to_f16};
 pub use elementwise::*;
 pub use gather::{gather, gather_rows, wrap_index};
@@ -42,7 +44,7 @@ pub use linear::{Epilogue, gated, linear, linear_many};
 pub use matmul::{Operand, matmul_f32};
 pub use norm::*;
 pub use pool::Pool;
-pub use pooling::{Pooling, pool as pool_windows};
+pub use pooling::{Pooling, pool as pool_windows, pool_last};
 pub use recurrent::{Gate, Lstm, lstm};
 pub use reduce::{Reduce, arg_extreme, reduce, reduce_i32};
 pub use resize::{Beside, Sampler, Tap, resize, sample};

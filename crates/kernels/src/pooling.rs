@@ -1,5 +1,9 @@
 //! Maximum, average and L2 pooling over one, two or three spatial dimensions.
 
+mod last;
+
+pub use last::pool_last;
+
 use crate::conv::{ConvParams, five, for_positions, input_position};
 use crate::loops::Shared;
 use crate::pool::Pool;

@@ -25,6 +25,11 @@ impl Scratch {
         self.lines.len() * size_of::<Line>()
     }
 
+    /// The first `len` numbers, which were asked for before.
+    pub(crate) fn as_f32(&self, len: usize) -> &[f32] {
+        &bytemuck::cast_slice(&self.lines)[..len]
+    }
+
     /// `len` numbers of any content, aligned to a cache line.
     pub(crate) fn f32(&mut self, len: usize) -> &mut [f32] {
         let lines = len.div_ceil(16);

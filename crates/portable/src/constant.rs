@@ -2,7 +2,7 @@
 
 use crate::layout::{Shape, elements};
 use bytes::Bytes;
-use candle_coreml_kernels::Weights;
+use candle_coreml_kernels::{ConvParams, PackedConv, Weights};
 use candle_coreml_mil::DType;
 use half::{bf16, f16};
 use std::sync::{Arc, OnceLock};
@@ -19,6 +19,8 @@ pub struct Const {
     dense: OnceLock<Arc<[f32]>>,
     /// The matrix asked for first; few constants are asked for as two.
     matrix: OnceLock<Weights>,
+    /// Weights of a convolution packed for the window asked for first.
+    packed: OnceLock<Arc<PackedConv>>,
 }
 
 /// Elements of a constant.
@@ -172,6 +174,7 @@ impl Const {
             data,
             dense: OnceLock::new(),
             matrix: OnceLock::new(),
+            packed: OnceLock::new(),
         }
     }
 
@@ -246,6 +249,25 @@ impl Const {
         let made = self.make_weights(rows, cols)?;
         // Another thread may have been first: what it made is as good.
         let _ = self.matrix.set(made.clone());
+        Ok(made)
+    }
+
+    /// The elements as the weights `[rows, cols]` of a channels-last convolution with `pixels` rows and columns of results.
+    pub fn packed(
+        &self,
+        (rows, cols): (usize, usize),
+        params: &ConvParams,
+        pixels: [usize; 2],
+        exact_order: bool,
+    ) -> Result<Arc<PackedConv>, String> {
+        let fits = |known: &&Arc<PackedConv>| known.serves(params, pixels, exact_order);
+        if let Some(known) = self.packed.get().filter(fits) {
+            return Ok(known.clone());
+        }
+        let weights = self.make_weights(rows, cols)?;
+        let made = Arc::new(PackedConv::new(&weights, params, pixels, exact_order));
+        // Another thread, or another window, may have been first.
+        let _ = self.packed.set(made.clone());
         Ok(made)
     }
 

@@ -2,6 +2,9 @@
 
 mod blocked;
 mod depthwise;
+mod last;
+
+pub use last::{Beside as ConvBeside, ConvLast, PackedConv, conv_last, has_conv_last};
 
 use crate::elementwise::{Unary, apply_slice};
 use crate::loops::Shared;

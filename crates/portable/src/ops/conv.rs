@@ -1,6 +1,7 @@
 //! Convolutions. Source: coremltools 9.0, `mil/ops/defs/iOS15/conv.py`, iOS17.
 
 mod computed;
+mod last;
 mod quantized;
 mod transpose;
 
@@ -11,6 +12,9 @@ use crate::lower::OpCx;
 use crate::op::{Args, In, Op, OpSpec, Support, opt, req};
 use candle_coreml_kernels::{self as kernels, ConvParams, Unary, Weights};
 use std::sync::Arc;
+
+pub use last::ConvLast;
+pub(super) use last::{channels_first, channels_last};
 
 /// A convolution with constant weights; the optional second input is a residual added last.
 #[derive(Clone)]
@@ -211,13 +215,18 @@ fn lower_conv(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
     let (have, weight) = (cx.shape(x), cx.shape(w));
     let Geometry { params, shape } = Geometry::read(cx, &have, &weight)?;
     check_bias(cx, bias, weight[0])?;
-    let pointwise = elements(&weight[2..]) == 1
+    // Rows and columns mean a picture; anything else is the [1, C, 1, S] of language models, a matrix.
+    let picture = have.len() == 4 && have[2] > 1 && have[3] > 1;
+    let pointwise = !picture
+        && elements(&weight[2..]) == 1
         && params.groups == 1
         && params.stride == [1; 3]
         && params.pad_before == [0; 3]
         && params.pad_after == [0; 3];
     let y = if pointwise {
         pointwise_conv(cx, x, w, bias)?
+    } else if let Some(y) = last::lower(cx, (x, w, bias), &params)? {
+        y
     } else {
         window_conv(cx, (x, w, bias), params, &shape)?
     };

@@ -1,6 +1,6 @@
 //! Pooling. Source: coremltools 9.0, `mil/ops/defs/iOS15/pool.py`.
 
-use super::conv::{padding, sizes, three};
+use super::conv::{channels_first, channels_last, padding, sizes, three};
 use crate::error::{OpError, OpResult};
 use crate::graph::Storage;
 use crate::layout::{Layout, Shape};
@@ -28,6 +28,32 @@ impl Op for Pool {
     fn run(&self, args: &mut Args<'_>) -> OpResult<()> {
         let (x, y) = (args.f32(0)?, args.out_f32(0)?);
         kernels::pool_windows(args.pool, self.kind, x, &self.params, y);
+        Ok(())
+    }
+}
+
+/// `y[n, h, w, c]` from windows of `x[n, h, w, c]`.
+#[derive(Debug)]
+pub struct PoolLast {
+    kind: Pooling,
+    params: ConvParams,
+}
+
+/// Fewer channels do not fill a vector.
+const LEAST_CHANNELS: usize = 4;
+
+impl Op for PoolLast {
+    fn name(&self) -> &'static str {
+        "pool"
+    }
+
+    fn accepts(&self, _index: usize, layout: &Layout, storage: Storage) -> bool {
+        storage == Storage::F32 && layout.strides.last() == Some(&1)
+    }
+
+    fn run(&self, args: &mut Args<'_>) -> OpResult<()> {
+        let (x, y) = (args.f32(0)?, args.out_f32(0)?);
+        kernels::pool_last(args.pool, self.kind, x, &self.params, y);
         Ok(())
     }
 }
@@ -79,7 +105,16 @@ fn lower_pool(cx: &mut OpCx<'_, '_>, kind: Pooling) -> OpResult<()> {
         pad_after: three(&after, 0),
         ..ConvParams::default()
     };
-    let y = cx.emit(Pool { kind, params }, &[x], cx.dtype(x), &shape)?;
+    let dtype = cx.dtype(x);
+    if have.len() > 4 || have[1] < LEAST_CHANNELS {
+        let y = cx.emit(Pool { kind, params }, &[x], dtype, &shape)?;
+        return cx.result(y);
+    }
+    let x = channels_last(cx, x)?;
+    let height = if n == 2 { shape[2] } else { 1 };
+    let last = [shape[0], height, shape[n + 1], shape[1]];
+    let y = cx.emit(PoolLast { kind, params }, &[x], dtype, &last)?;
+    let y = channels_first(cx, y, have.len())?;
     cx.result(y)
 }
 

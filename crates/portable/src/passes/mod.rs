@@ -1,6 +1,7 @@
 //! Rewrites of a graph. Each pass keeps results within the tolerance of the operations it touches.
 
 mod attention;
+mod conv;
 mod linear;
 mod norm;
 mod rewrite;
@@ -20,7 +21,7 @@ pub fn optimize(graph: Graph) -> Graph {
     let graph = attention::fuse(graph);
     let graph = views::simplify(graph);
     let graph = views::simplify(views::sink(graph));
-    let graph = linear::epilogues(graph);
+    let graph = conv::epilogues(linear::epilogues(graph));
     linear::share_input(views::simplify(graph))
 }
 

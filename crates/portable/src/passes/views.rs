@@ -4,9 +4,11 @@
 use super::rewrite::{Rewriter, as_op, rewrite};
 use crate::graph::{Graph, Node, ValueId};
 use crate::layout::{Shape, elements};
+use crate::ops::conv::ConvLast;
 use crate::ops::elementwise_binary::BinaryNode;
 use crate::ops::elementwise_unary::UnaryNode;
 use crate::ops::linear::Linear;
+use crate::ops::pool::PoolLast;
 use crate::ops::view::View;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -103,7 +105,8 @@ fn inverse(view: &View, from: &[usize]) -> Option<View> {
     }
 }
 
-/// Moves elementwise operations in front of the reshape or permutation of a matrix product they follow.
+/// Moves elementwise operations in front of the reshape or permutation of a matrix product, a convolution or a pooling they
+/// follow.
 pub fn sink(graph: Graph) -> Graph {
     rewrite(graph, |r, node| {
         if as_op::<UnaryNode>(node).is_some() {
@@ -116,13 +119,15 @@ pub fn sink(graph: Graph) -> Graph {
     })
 }
 
-/// The moved form of a value: view, its input and that input's shape, when the input is computed by elementwise work on a
-/// matrix product.
+/// The moved form of a value: view, its input and that input's shape, when the input is computed by such an operation or
+/// by elementwise work.
 fn movable(r: &Rewriter, v: ValueId) -> Option<(View, ValueId, Shape)> {
     let (view, node) = r.find::<View>(v)?;
     let x = node.inputs[0];
     let source = r.producer(x)?;
     let fusable = as_op::<Linear>(source).is_some()
+        || as_op::<ConvLast>(source).is_some()
+        || as_op::<PoolLast>(source).is_some()
         || as_op::<UnaryNode>(source).is_some()
         || as_op::<BinaryNode>(source).is_some();
     let shape = r.shape(x);

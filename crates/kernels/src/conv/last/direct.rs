@@ -1,0 +1,274 @@
+//! Windows read where they lie: tiles of pixels times panels of output channels.
+
+use super::Call;
+use super::epilogue::Epilogue;
+use super::packed::width_at;
+use crate::gemm::panel_width;
+use crate::loops::Shared;
+use crate::pool::Pool;
+use crate::scratch::Scratch;
+use crate::simd::{Kernel, Simd, dispatch};
+use std::ops::Range;
+
+/// Pixels in a tile.
+const ROWS: usize = 6;
+/// Tiles that share a pass over a panel of weights, at least.
+const TILES: usize = 8;
+/// Arithmetic a chunk should have before another one is worth claiming.
+const CHUNK_FLOPS: usize = 400_000;
+
+/// The stretches of memory a window reads: `rows * columns` of them, `len` numbers each.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Runs {
+    pub rows: usize,
+    pub columns: usize,
+    pub steps: [isize; 2],
+    pub len: usize,
+}
+
+impl Runs {
+    fn depth(&self) -> usize {
+        self.rows * self.columns * self.len
+    }
+}
+
+/// A product of pixels and panels.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Product<'a> {
+    pub weights: &'a [f32],
+    pub outputs: usize,
+    pub runs: Runs,
+}
+
+pub(super) fn run(pool: &Pool, call: &Call<'_>, scratch: &mut Scratch) {
+    let params = &call.params;
+    let pads = [1, 2]
+        .iter()
+        .any(|&a| params.pad_before[a] + params.pad_after[a] > 0);
+    let (x, steps, width) = if pads {
+        padded(pool, call, scratch)
+    } else {
+        (call.x, call.x_steps, call.x_dims[3])
+    };
+    // With no step inside the window and pixels side by side, a row of the window is one stretch.
+    let joined = params.dilation[2] == 1 && steps[2] == width as isize;
+    let [_, kernel_h, kernel_w] = params.kernel;
+    let runs = Runs {
+        rows: kernel_h,
+        columns: if joined { 1 } else { kernel_w },
+        steps: [
+            params.dilation[1] as isize * steps[1],
+            params.dilation[2] as isize * steps[2],
+        ],
+        len: if joined { kernel_w * width } else { width },
+    };
+    let product = Product {
+        weights: call.packed.data(),
+        outputs: call.y_dims[3],
+        runs,
+    };
+    let pixel = |index: usize| {
+        let [n, h, w] = call.place(index);
+        let place = [n, h * params.stride[1], w * params.stride[2]];
+        let offset: isize = place.iter().zip(steps).map(|(i, s)| *i as isize * s).sum();
+        x.at(offset).cast_const()
+    };
+    let (pixels, outputs) = (call.pixels(), call.y_dims[3]);
+    let (block, group) = shares(pool, pixels, outputs, runs.depth());
+    let (blocks, groups) = (pixels.div_ceil(block), outputs.div_ceil(group));
+    pool.run(blocks * groups, &|chunk| {
+        let (first, output) = (chunk / groups * block, chunk % groups * group);
+        dispatch(Part {
+            product,
+            pixel: &pixel,
+            pixels: first..(first + block).min(pixels),
+            outputs: output..(output + group).min(outputs),
+            epilogue: call.epilogue,
+            y: call.y,
+        });
+    });
+}
+
+/// Pixels and outputs of a chunk: enough arithmetic, and enough chunks for the threads.
+fn shares(pool: &Pool, pixels: usize, outputs: usize, depth: usize) -> (usize, usize) {
+    let width = panel_width();
+    let wanted = CHUNK_FLOPS / (2 * depth * outputs).max(1);
+    let block = wanted.max(ROWS * TILES).next_multiple_of(ROWS);
+    let blocks = pixels.div_ceil(block);
+    let groups = (4 * pool.threads()).div_ceil(blocks).min(outputs.div_ceil(width));
+    let each = outputs.div_ceil(width).div_ceil(groups.max(1)) * width;
+    // Even blocks: no thread is left with a short last one.
+    let even = pixels.div_ceil(blocks).next_multiple_of(ROWS);
+    (even, each)
+}
+
+/// The picture with its padding written out; gives its memory, steps and channels.
+fn padded(pool: &Pool, call: &Call<'_>, scratch: &mut Scratch) -> (Shared<f32>, [isize; 3], usize) {
+    let params = &call.params;
+    let [n, h, w, c] = call.x_dims;
+    let [ph, pw] = [1, 2].map(|a| params.pad_before[a] + params.pad_after[a]);
+    let (rows, line) = (h + ph, (w + pw) * c);
+    let to = Shared(scratch.f32(n * rows * line).as_mut_ptr());
+    pool.run_ranges(n * rows, (8192 / line.max(1)).max(1), &|range| {
+        for row in range {
+            // SAFETY: row `row` of the scratch memory is this thread's.
+            let out = unsafe { std::slice::from_raw_parts_mut(to.at((row * line) as isize), line) };
+            let (sample, row) = (row / rows, row % rows);
+            let Some(row) = row.checked_sub(params.pad_before[1]).filter(|r| *r < h) else {
+                out.fill(0.0);
+                continue;
+            };
+            let (before, rest) = out.split_at_mut(params.pad_before[2] * c);
+            let (inside, after) = rest.split_at_mut(w * c);
+            before.fill(0.0);
+            after.fill(0.0);
+            let from = call
+                .x
+                .at(sample as isize * call.x_steps[0] + row as isize * call.x_steps[1]);
+            for (i, pixel) in inside.chunks_exact_mut(c).enumerate() {
+                let from = from.wrapping_offset(i as isize * call.x_steps[2]);
+                // SAFETY: a pixel of `x`, its channels side by side.
+                pixel.copy_from_slice(unsafe { std::slice::from_raw_parts(from, c) });
+            }
+        }
+    });
+    (to, [(rows * line) as isize, line as isize, c as isize], c)
+}
+
+/// Some pixels times some panels, on one thread.
+pub(super) struct Part<'a, P: Fn(usize) -> *const f32> {
+    pub product: Product<'a>,
+    /// Where the window of a pixel begins.
+    pub pixel: &'a P,
+    pub pixels: Range<usize>,
+    pub outputs: Range<usize>,
+    pub epilogue: Epilogue<'a>,
+    pub y: Shared<f32>,
+}
+
+impl<P: Fn(usize) -> *const f32> Kernel for Part<'_, P> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let depth = self.product.runs.depth();
+        let mut first = self.outputs.start;
+        while first < self.outputs.end {
+            let width = width_at(first, self.product.outputs);
+            let panel = &self.product.weights[first * depth..][..width * depth];
+            let mut pixel = self.pixels.start;
+            while pixel < self.pixels.end {
+                let count = ROWS.min(self.pixels.end - pixel);
+                // SAFETY: the windows of these pixels lie in the picture, the panel has `depth` lines of `width`,
+                // and these elements of the result are this thread's.
+                unsafe {
+                    if width == 2 * S::LANES {
+                        self.tiles::<S, 2>(s, panel, pixel, count, first);
+                    } else {
+                        self.tiles::<S, 1>(s, panel, pixel, count, first);
+                    }
+                }
+                pixel += count;
+            }
+            first += width;
+        }
+    }
+}
+
+impl<P: Fn(usize) -> *const f32> Part<'_, P> {
+    /// # Safety
+    /// As [`Part::tile`], for `count` pixels.
+    #[inline(always)]
+    unsafe fn tiles<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        panel: &[f32],
+        pixel: usize,
+        count: usize,
+        first: usize,
+    ) {
+        // SAFETY: the caller's.
+        unsafe {
+            match count {
+                6 => self.tile::<S, 6, V>(s, panel, pixel, first),
+                5 => self.tile::<S, 5, V>(s, panel, pixel, first),
+                4 => self.tile::<S, 4, V>(s, panel, pixel, first),
+                3 => self.tile::<S, 3, V>(s, panel, pixel, first),
+                2 => self.tile::<S, 2, V>(s, panel, pixel, first),
+                _ => self.tile::<S, 1, V>(s, panel, pixel, first),
+            }
+        }
+    }
+
+    /// `R` pixels from `pixel` on by a panel of `V` vectors.
+    ///
+    /// # Safety
+    /// The pixels' windows are readable, the panel has as many lines as they have elements, and the outputs from `first` on
+    /// of these pixels are this thread's.
+    #[inline(always)]
+    unsafe fn tile<S: Simd, const R: usize, const V: usize>(
+        &self,
+        s: S,
+        panel: &[f32],
+        pixel: usize,
+        first: usize,
+    ) {
+        let rows: [*const f32; R] = std::array::from_fn(|r| (self.pixel)(pixel + r));
+        // SAFETY: the caller's.
+        let sums = unsafe { windows::<S, R, V>(s, rows, self.product.runs, panel.as_ptr()) };
+        let outputs = self.product.outputs;
+        let there = (outputs - first).min(V * S::LANES);
+        for (r, sums) in sums.into_iter().enumerate() {
+            let at = (pixel + r) * outputs + first;
+            if there == V * S::LANES && self.epilogue.in_registers() {
+                for (v, sum) in sums.into_iter().enumerate() {
+                    let beside = v * S::LANES;
+                    // SAFETY: these outputs exist and are this thread's.
+                    unsafe { self.epilogue.put(s, sum, first + beside, self.y, at + beside) };
+                }
+            } else {
+                let mut line = [0.0; 32];
+                for (v, sum) in sums.into_iter().enumerate() {
+                    // SAFETY: two vectors have 32 lanes at most.
+                    unsafe { s.store(line.as_mut_ptr().add(v * S::LANES), sum) };
+                }
+                // SAFETY: as above.
+                unsafe { self.epilogue.put_slice(&mut line[..there], first, self.y, at) };
+            }
+        }
+    }
+}
+
+/// The sums over the windows that begin at `rows`, for `V` vectors of outputs.
+///
+/// # Safety
+/// The windows are readable, and `panel` has `V` vectors for each of their elements.
+#[inline(always)]
+pub(super) unsafe fn windows<S: Simd, const R: usize, const V: usize>(
+    s: S,
+    rows: [*const f32; R],
+    runs: Runs,
+    panel: *const f32,
+) -> [[S::F; V]; R] {
+    let mut sums = [[s.zero(); V]; R];
+    let mut at = panel;
+    for i in 0..runs.rows {
+        for j in 0..runs.columns {
+            let offset = i as isize * runs.steps[0] + j as isize * runs.steps[1];
+            let from = rows.map(|row| row.wrapping_offset(offset));
+            for k in 0..runs.len {
+                // SAFETY: the caller's.
+                unsafe {
+                    let w: [S::F; V] = std::array::from_fn(|v| s.load(at.add(v * S::LANES)));
+                    for r in 0..R {
+                        let x = s.splat(*from[r].add(k));
+                        for v in 0..V {
+                            sums[r][v] = s.fma(x, w[v], sums[r][v]);
+                        }
+                    }
+                    at = at.add(V * S::LANES);
+                }
+            }
+        }
+    }
+    sums
+}

@@ -1,0 +1,182 @@
+//! Weights in the order the kernels read them.
+
+use super::winograd;
+use crate::conv::ConvParams;
+use crate::gemm::panel_width;
+use crate::scratch::Scratch;
+use crate::weights::Weights;
+
+/// How a convolution is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    /// Windows read where they lie.
+    Direct,
+    /// One channel a group.
+    Depthwise,
+    /// Winograd's F(4x4, 3x3).
+    Winograd4,
+    /// Winograd's F(2x2, 3x3).
+    Winograd2,
+}
+
+/// The weights of a convolution, decoded to `f32` and packed for the vectors of this processor.
+#[derive(Debug)]
+pub struct PackedConv {
+    way: Way,
+    params: ConvParams,
+    channels: usize,
+    outputs: usize,
+    data: Scratch,
+    len: usize,
+}
+
+impl PackedConv {
+    /// Packs `weights`, `[o, c / groups * kernel]` as files have them, for pictures whose results have `pixels` rows and
+    /// columns. `exact_order` sums every window as it is written, without Winograd's transform.
+    ///
+    /// # Panics
+    /// When [`has_conv_last`](super::has_conv_last) says no, or the weights do not fit the window.
+    pub fn new(weights: &Weights, params: &ConvParams, pixels: [usize; 2], exact_order: bool) -> PackedConv {
+        let cells = params.kernel[1] * params.kernel[2];
+        let outputs = weights.rows();
+        let channels = weights.cols() / cells.max(1) * params.groups;
+        assert!(
+            super::has_conv_last(params, channels, outputs)
+                && weights.cols() * params.groups == channels * cells,
+            "conv: weights"
+        );
+        let way = best_way(params, [channels, outputs], pixels, exact_order);
+        let mut packed = PackedConv {
+            way,
+            params: *params,
+            channels,
+            outputs,
+            data: Scratch::new(),
+            len: 0,
+        };
+        match way {
+            Way::Depthwise => packed.pack_depthwise(weights, cells),
+            Way::Direct => packed.pack_direct(weights, cells),
+            Way::Winograd4 => winograd::pack::<winograd::Four>(&mut packed, weights),
+            Way::Winograd2 => winograd::pack::<winograd::Two>(&mut packed, weights),
+        }
+        packed
+    }
+
+    /// True when packing weights of the same file for this window and result would give the same.
+    pub fn serves(&self, params: &ConvParams, pixels: [usize; 2], exact_order: bool) -> bool {
+        let sizes = [self.channels, self.outputs];
+        self.params == *params && self.way == best_way(params, sizes, pixels, exact_order)
+    }
+
+    /// `[cell][channel]`
+    fn pack_depthwise(&mut self, weights: &Weights, cells: usize) {
+        let outputs = self.outputs;
+        let mut row = vec![0.0; cells];
+        let out = self.grow(cells * outputs);
+        for o in 0..outputs {
+            weights.decode(o, 0, &mut row);
+            for (cell, w) in row.iter().enumerate() {
+                out[cell * outputs + o] = *w;
+            }
+        }
+    }
+
+    /// `[panel][cell][channel][width]`
+    fn pack_direct(&mut self, weights: &Weights, cells: usize) {
+        let (channels, outputs) = (self.channels, self.outputs);
+        let mut row = vec![0.0; cells * channels];
+        let out = self.grow(padded(outputs) * cells * channels);
+        for o in 0..outputs {
+            weights.decode(o, 0, &mut row);
+            let (start, width) = panel_of(o, outputs, cells * channels);
+            for (c, part) in row.chunks_exact(cells).enumerate() {
+                for (cell, w) in part.iter().enumerate() {
+                    out[start + (cell * channels + c) * width] = *w;
+                }
+            }
+        }
+    }
+
+    /// Room for `len` zeros.
+    pub(super) fn grow(&mut self, len: usize) -> &mut [f32] {
+        self.len = len;
+        let out = self.data.f32(len);
+        out.fill(0.0);
+        out
+    }
+
+    pub(super) fn data(&self) -> &[f32] {
+        self.data.as_f32(self.len)
+    }
+
+    pub(super) fn way(&self) -> Way {
+        self.way
+    }
+
+    /// The window.
+    pub fn params(&self) -> &ConvParams {
+        &self.params
+    }
+
+    /// Input channels.
+    pub fn channels(&self) -> usize {
+        self.channels
+    }
+
+    /// Output channels.
+    pub fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    /// Bytes of packed weights.
+    pub fn bytes(&self) -> usize {
+        self.len * size_of::<f32>()
+    }
+
+    /// What the kernel does, for reports: `direct`, `depthwise`, `winograd 4x4`, `winograd 2x2`.
+    pub fn method(&self) -> &'static str {
+        match self.way {
+            Way::Direct => "direct",
+            Way::Depthwise => "depthwise",
+            Way::Winograd4 => "winograd 4x4",
+            Way::Winograd2 => "winograd 2x2",
+        }
+    }
+}
+
+fn best_way(
+    params: &ConvParams,
+    [channels, outputs]: [usize; 2],
+    pixels: [usize; 2],
+    exact_order: bool,
+) -> Way {
+    if params.groups > 1 {
+        Way::Depthwise
+    } else if exact_order {
+        Way::Direct
+    } else {
+        winograd::worth(params, channels, outputs, pixels)
+    }
+}
+
+/// Outputs with the zeros behind the last one: whole vectors.
+pub(super) fn padded(outputs: usize) -> usize {
+    outputs.next_multiple_of(panel_width() / 2)
+}
+
+/// Width of the panel whose first output is `first`: two vectors, or one where one is enough.
+pub(super) fn width_at(first: usize, outputs: usize) -> usize {
+    let width = panel_width();
+    if outputs - first <= width / 2 {
+        width / 2
+    } else {
+        width
+    }
+}
+
+/// Where the weights of output `o` begin among panels of depth `k`, and how far apart they are.
+pub(super) fn panel_of(o: usize, outputs: usize, k: usize) -> (usize, usize) {
+    let first = o / panel_width() * panel_width();
+    (first * k + (o - first), width_at(first, outputs))
+}

@@ -1,0 +1,159 @@
+use super::*;
+use crate::matvec::tests::random;
+use crate::strided::dense_strides;
+use crate::weights::Weights;
+use crate::{Conv, conv};
+use proptest::prelude::*;
+
+/// A case: batch, height, width, channels, outputs, window.
+#[derive(Debug, Clone, Copy)]
+struct Case {
+    n: usize,
+    size: [usize; 2],
+    channels: usize,
+    outputs: usize,
+    params: ConvParams,
+}
+
+/// The largest difference to the channels-first convolution, relative to the largest result or, where an activation has cut
+/// that, to the size that sums of this length have; none when the window does not fit. `extras` adds bias, activations and a residual.
+fn difference(case: Case, extras: usize, exact: bool, seed: &mut u64) -> Option<(f32, &'static str)> {
+    let Case {
+        n,
+        size: [h, w],
+        channels,
+        outputs,
+        params,
+    } = case;
+    let (oh, ow) = (params.output_len(1, h)?, params.output_len(2, w)?);
+    let cells = params.kernel[1] * params.kernel[2];
+    let numbers = |len: usize, seed: &mut u64| (0..len).map(|_| random(seed)).collect::<Vec<f32>>();
+    let x = numbers(n * h * w * channels, seed);
+    let weights = numbers(outputs * channels / params.groups * cells, seed);
+    let bytes = bytemuck::cast_slice(&weights).to_vec().into();
+    let weights = Weights::from_f32(outputs, channels / params.groups * cells, bytes).ok()?;
+    let (bias, residual) = (numbers(outputs, seed), numbers(n * oh * ow * outputs, seed));
+    let bias = (extras > 0).then_some(bias.as_slice());
+    let activation = [None, Some(Unary::Relu6), Some(Unary::Tanh), None][extras];
+    let last = [None, None, Some(Unary::Relu), Some(Unary::Sigmoid)][extras];
+    let turned = |[n, h, w, c]: [usize; 4]| -> ([usize; 4], [isize; 4]) {
+        let step = |i: usize| i as isize;
+        ([n, c, h, w], [step(h * w * c), 1, step(w * c), step(c)])
+    };
+    // The same memory, channels first by its strides.
+    let (xs, xd) = turned([n, h, w, channels]);
+    let (ys, yd) = turned([n, oh, ow, outputs]);
+    let (pool, mut scratch) = (Pool::new(2), Scratch::new());
+    let mut expected = vec![0.0; n * oh * ow * outputs];
+    conv(
+        &pool,
+        View::new(&x, 0, &xs, &xd)?,
+        &Conv {
+            weights: &weights,
+            bias,
+            activation,
+            residual: (extras > 1).then_some(View::new(&residual, 0, &ys, &yd)?),
+            params,
+        },
+        ViewMut::new(&mut expected, 0, &ys, &yd)?,
+        &mut scratch,
+    );
+    if let Some(op) = last {
+        crate::elementwise::apply_slice(op, &mut expected);
+    }
+    let packed = PackedConv::new(&weights, &params, [oh, ow], exact);
+    let mut y = if extras == 3 {
+        residual.clone()
+    } else {
+        vec![f32::NAN; expected.len()]
+    };
+    let beside = [Beside::None, Beside::None, Beside::In(&residual), Beside::Result][extras];
+    let (xd, yd) = ([n, h, w, channels], [n, oh, ow, outputs]);
+    conv_last(
+        &pool,
+        View::new(&x, 0, &xd, &dense_strides(&xd)[..4])?,
+        &ConvLast {
+            packed: &packed,
+            bias,
+            activation,
+            residual: beside,
+            last,
+        },
+        ViewMut::new(&mut y, 0, &yd, &dense_strides(&yd)[..4])?,
+        &mut scratch,
+    );
+    let usual = ((channels / params.groups * cells) as f32).sqrt();
+    let most = expected.iter().fold(usual, |m, v| m.max(v.abs()));
+    let error = expected
+        .iter()
+        .zip(&y)
+        .map(|(a, b)| {
+            let error = (a - b).abs() / most;
+            if error.is_nan() { f32::INFINITY } else { error }
+        })
+        .fold(0.0, f32::max);
+    Some((error, packed.method()))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+    #[test]
+    fn every_window_agrees_with_the_convolution_of_channels_first(
+        n in 1_usize..3, size in (1_usize..20, 1_usize..20), channels in 1_usize..40, outputs in 1_usize..70,
+        kernel in (1_usize..5, 1_usize..5), stride in (1_usize..4, 1_usize..4), dilation in (1_usize..3, 1_usize..3),
+        pad in (0_usize..3, 0_usize..3, 0_usize..3, 0_usize..3), depthwise in any::<bool>(), extras in 0_usize..4,
+        seed in any::<u64>(),
+    ) {
+        let mut seed = seed;
+        let params = ConvParams {
+            kernel: [1, kernel.0, kernel.1],
+            stride: [1, stride.0, stride.1],
+            dilation: [1, dilation.0, dilation.1],
+            pad_before: [0, pad.0, pad.1],
+            pad_after: [0, pad.2, pad.3],
+            groups: if depthwise { channels } else { 1 },
+        };
+        let outputs = if depthwise { channels } else { outputs };
+        let case = Case { n, size: [size.0, size.1], channels, outputs, params };
+        if let Some((error, method)) = difference(case, extras, true, &mut seed) {
+            prop_assert!(error < 1e-5, "{case:?} {method}: {error}");
+        }
+    }
+}
+
+#[test]
+fn transformed_windows_agree_within_the_rounding_of_the_transform() {
+    let mut seed = 11;
+    // size, channels, outputs, padding before and after, the way it is computed
+    let rows = [
+        ([24, 30], 32, 48, [1, 1], "winograd 4x4"),
+        ([27, 26], 64, 32, [0, 0], "winograd 4x4"),
+        ([29, 24], 32, 32, [2, 1], "winograd 4x4"),
+        ([14, 14], 64, 64, [1, 1], "winograd 2x2"),
+        ([11, 13], 48, 80, [0, 1], "winograd 2x2"),
+        ([14, 14], 40, 64, [1, 1], "direct"),
+        ([7, 7], 64, 64, [1, 1], "direct"),
+    ];
+    for (size, channels, outputs, pad, expected) in rows {
+        for extras in 0..4 {
+            let params = ConvParams {
+                kernel: [1, 3, 3],
+                pad_before: [0, pad[0], pad[0]],
+                pad_after: [0, pad[1], pad[1]],
+                ..ConvParams::default()
+            };
+            let case = Case {
+                n: 2,
+                size,
+                channels,
+                outputs,
+                params,
+            };
+            let (error, method) = difference(case, extras, false, &mut seed).unwrap();
+            assert_eq!(method, expected, "{case:?}");
+            // F(4x4) multiplies by up to 8 and 1/24 on its way.
+            let allowed = if method == "winograd 4x4" { 1e-5 } else { 3e-6 };
+            assert!(error < allowed, "{case:?} {method} {extras}: {error}");
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! What follows a channels-last convolution, done inside it: activation, residual, and the activation behind that.
+
+use super::rewrite::{Rewriter, as_op, rewrite};
+use crate::graph::{Graph, Node, ValueId};
+use crate::ops::conv::ConvLast;
+use crate::ops::elementwise_binary::BinaryNode;
+use crate::ops::elementwise_unary::UnaryNode;
+use candle_coreml_kernels::Binary;
+use std::sync::Arc;
+
+/// Takes activations and residuals into the convolutions before them.
+pub fn epilogues(graph: Graph) -> Graph {
+    rewrite(graph, |r, node| {
+        activation(r, node).or_else(|| residual(r, node)).is_some()
+    })
+}
+
+/// `act(conv(x))`, `act(conv(x) + r)`.
+fn activation(r: &mut Rewriter, node: &Node) -> Option<()> {
+    let act = as_op::<UnaryNode>(node)?.0;
+    let sum = node.inputs[0];
+    let (conv, source) = r.find::<ConvLast>(sum)?;
+    let mut op = conv.clone();
+    if conv.last.is_some() || !r.used_once(sum) {
+        return None;
+    }
+    if source.inputs.len() > 1 {
+        op.last = Some(act);
+    } else if conv.activation.is_none() {
+        op.activation = Some(act);
+    } else {
+        return None;
+    }
+    let inputs = source.inputs.clone();
+    r.replace(node, Arc::new(op), &inputs);
+    Some(())
+}
+
+/// `conv(x) + r`.
+fn residual(r: &mut Rewriter, node: &Node) -> Option<()> {
+    let BinaryNode(Binary::Add) = as_op::<BinaryNode>(node)? else {
+        return None;
+    };
+    let (a, b) = (node.inputs[0], node.inputs[1]);
+    let out = r.shape(node.outputs[0]);
+    let fits = |sum: ValueId, other: ValueId| {
+        r.find::<ConvLast>(sum)
+            .is_some_and(|(op, n)| n.inputs.len() == 1 && op.last.is_none())
+            && r.used_once(sum)
+            && sum != other
+            && r.shape(sum) == out
+            && r.shape(other) == out
+    };
+    let (sum, other) = if fits(a, b) {
+        (a, b)
+    } else if fits(b, a) {
+        (b, a)
+    } else {
+        return None;
+    };
+    let (conv, source) = r.find::<ConvLast>(sum)?;
+    let (op, x) = (conv.clone(), source.inputs[0]);
+    r.replace(node, Arc::new(op), &[x, other]);
+    Some(())
+}
