@@ -1,5 +1,7 @@
 //! Reductions over chosen axes.
 
+mod columns;
+
 use crate::loops::{Nest, Shared};
 use crate::pool::Pool;
 use crate::simd::{Kernel, Simd, dispatch};
@@ -61,7 +63,18 @@ pub fn reduce(pool: &Pool, op: Reduce, x: View<'_, f32>, axes: &[usize], mut y: 
     let (py, px) = (Shared(y.ptr()), Shared::of(x.ptr()));
     let steps = outer.inner().1;
     let count = inner.rows() * inner.inner().0;
+    let columns = columns::possible(op, steps) && inner.inner().1 != [1];
     outer.run(pool, &|len, at| {
+        if columns {
+            return dispatch(columns::Columns {
+                op,
+                nest: &inner,
+                count,
+                x: px.at(at[1]),
+                y: py.at(at[0]),
+                len,
+            });
+        }
         for i in 0..len as isize {
             let x = px.at(at[1] + i * steps[1]).cast_const();
             let value = dispatch(Slice {

@@ -14,6 +14,8 @@ use std::ops::Range;
 const ROWS: usize = 6;
 /// Tiles that share a pass over a panel of weights, at least.
 const TILES: usize = 8;
+/// Pixels whose windows are looked up together.
+const BLOCK: usize = 16 * ROWS;
 /// Arithmetic a chunk should have before another one is worth claiming.
 const CHUNK_FLOPS: usize = 400_000;
 
@@ -45,7 +47,7 @@ pub(super) fn run(pool: &Pool, call: &Call<'_>, scratch: &mut Scratch) {
     let pads = [1, 2]
         .iter()
         .any(|&a| params.pad_before[a] + params.pad_after[a] > 0);
-    let (x, steps, width) = if pads {
+    let (x, steps, width) = if pads || call.channel_step != 1 {
         padded(pool, call, scratch)
     } else {
         (call.x, call.x_steps, call.x_dims[3])
@@ -67,11 +69,21 @@ pub(super) fn run(pool: &Pool, call: &Call<'_>, scratch: &mut Scratch) {
         outputs: call.y_dims[3],
         runs,
     };
-    let pixel = |index: usize| {
-        let [n, h, w] = call.place(index);
-        let place = [n, h * params.stride[1], w * params.stride[2]];
-        let offset: isize = place.iter().zip(steps).map(|(i, s)| *i as isize * s).sum();
-        x.at(offset).cast_const()
+    let [_, height, columns, _] = call.y_dims;
+    let starts = |first: usize, starts: &mut [*const f32]| {
+        let [mut n, mut h, mut w] = call.place(first);
+        for start in starts {
+            let place = [n, h * params.stride[1], w * params.stride[2]];
+            let offset: isize = place.iter().zip(steps).map(|(i, s)| *i as isize * s).sum();
+            *start = x.at(offset);
+            w += 1;
+            if w == columns {
+                (w, h) = (0, h + 1);
+            }
+            if h == height {
+                (h, n) = (0, n + 1);
+            }
+        }
     };
     let (pixels, outputs) = (call.pixels(), call.y_dims[3]);
     let (block, group) = shares(pool, pixels, outputs, runs.depth());
@@ -80,7 +92,7 @@ pub(super) fn run(pool: &Pool, call: &Call<'_>, scratch: &mut Scratch) {
         let (first, output) = (chunk / groups * block, chunk % groups * group);
         dispatch(Part {
             product,
-            pixel: &pixel,
+            starts: &starts,
             pixels: first..(first + block).min(pixels),
             outputs: output..(output + group).min(outputs),
             epilogue: call.epilogue,
@@ -102,7 +114,7 @@ fn shares(pool: &Pool, pixels: usize, outputs: usize, depth: usize) -> (usize, u
     (even, each)
 }
 
-/// The picture with its padding written out; gives its memory, steps and channels.
+/// The picture with its padding written out and its channels side by side; gives its memory, steps and channels.
 fn padded(pool: &Pool, call: &Call<'_>, scratch: &mut Scratch) -> (Shared<f32>, [isize; 3], usize) {
     let params = &call.params;
     let [n, h, w, c] = call.x_dims;
@@ -125,81 +137,111 @@ fn padded(pool: &Pool, call: &Call<'_>, scratch: &mut Scratch) -> (Shared<f32>, 
             let from = call
                 .x
                 .at(sample as isize * call.x_steps[0] + row as isize * call.x_steps[1]);
-            for (i, pixel) in inside.chunks_exact_mut(c).enumerate() {
-                let from = from.wrapping_offset(i as isize * call.x_steps[2]);
-                // SAFETY: a pixel of `x`, its channels side by side.
-                pixel.copy_from_slice(unsafe { std::slice::from_raw_parts(from, c) });
-            }
+            // SAFETY: a row of `x`.
+            unsafe { gather(from, call.x_steps[2], call.channel_step, c, inside) };
         }
     });
     (to, [(rows * line) as isize, line as isize, c as isize], c)
 }
 
+/// Copies pixels of `channels` numbers, `step` apart and their channels `channel_step` apart.
+///
+/// # Safety
+/// `to.len() / channels` pixels are readable at `from`.
+unsafe fn gather(from: *const f32, step: isize, channel_step: isize, channels: usize, to: &mut [f32]) {
+    if channel_step == 1 && step == channels as isize {
+        // SAFETY: the pixels lie side by side.
+        return to.copy_from_slice(unsafe { std::slice::from_raw_parts(from, to.len()) });
+    }
+    for c in 0..channels {
+        let from = from.wrapping_offset(c as isize * channel_step);
+        for (i, to) in to.iter_mut().skip(c).step_by(channels).enumerate() {
+            // SAFETY: the caller's.
+            *to = unsafe { *from.wrapping_offset(i as isize * step) };
+        }
+    }
+}
+
 /// Some pixels times some panels, on one thread.
-pub(super) struct Part<'a, P: Fn(usize) -> *const f32> {
+pub(super) struct Part<'a, P: Fn(usize, &mut [*const f32])> {
     pub product: Product<'a>,
-    /// Where the window of a pixel begins.
-    pub pixel: &'a P,
+    /// Writes where the windows of pixels from the one given on begin.
+    pub starts: &'a P,
     pub pixels: Range<usize>,
     pub outputs: Range<usize>,
     pub epilogue: Epilogue<'a>,
     pub y: Shared<f32>,
 }
 
-impl<P: Fn(usize) -> *const f32> Kernel for Part<'_, P> {
+impl<P: Fn(usize, &mut [*const f32])> Kernel for Part<'_, P> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let depth = self.product.runs.depth();
-        let mut first = self.outputs.start;
-        while first < self.outputs.end {
-            let width = width_at(first, self.product.outputs);
-            let panel = &self.product.weights[first * depth..][..width * depth];
-            let mut pixel = self.pixels.start;
-            while pixel < self.pixels.end {
-                let count = ROWS.min(self.pixels.end - pixel);
-                // SAFETY: the windows of these pixels lie in the picture, the panel has `depth` lines of `width`,
-                // and these elements of the result are this thread's.
-                unsafe {
-                    if width == 2 * S::LANES {
-                        self.tiles::<S, 2>(s, panel, pixel, count, first);
-                    } else {
-                        self.tiles::<S, 1>(s, panel, pixel, count, first);
-                    }
-                }
-                pixel += count;
-            }
-            first += width;
+        let mut begin = self.pixels.start;
+        while begin < self.pixels.end {
+            let mut starts = [std::ptr::null(); BLOCK];
+            let starts = &mut starts[..BLOCK.min(self.pixels.end - begin)];
+            (self.starts)(begin, starts);
+            self.block(s, begin, starts);
+            begin += starts.len();
         }
     }
 }
 
-impl<P: Fn(usize) -> *const f32> Part<'_, P> {
+impl<P: Fn(usize, &mut [*const f32])> Part<'_, P> {
+    /// All panels for the pixels from `begin` on, whose windows begin at `starts`.
+    #[inline(always)]
+    fn block<S: Simd>(&self, s: S, begin: usize, starts: &[*const f32]) {
+        let depth = self.product.runs.depth();
+        // Tiles of nearly one height: a single last pixel would wait for its own sums.
+        let tiles = starts.len().div_ceil(ROWS);
+        let mut first = self.outputs.start;
+        while first < self.outputs.end {
+            let width = width_at(first, self.product.outputs);
+            let panel = &self.product.weights[first * depth..][..width * depth];
+            for tile in 0..tiles {
+                let (from, to) = (tile * starts.len() / tiles, (tile + 1) * starts.len() / tiles);
+                let (pixel, rows) = (begin + from, &starts[from..to]);
+                // SAFETY: the windows of these pixels lie in the picture, the panel has `depth` lines of `width`,
+                // and these elements of the result are this thread's.
+                unsafe {
+                    if width == 2 * S::LANES {
+                        self.tiles::<S, 2>(s, panel, pixel, rows, first);
+                    } else {
+                        self.tiles::<S, 1>(s, panel, pixel, rows, first);
+                    }
+                }
+            }
+            first += width;
+        }
+    }
+
     /// # Safety
-    /// As [`Part::tile`], for `count` pixels.
+    /// As [`Part::tile`].
     #[inline(always)]
     unsafe fn tiles<S: Simd, const V: usize>(
         &self,
         s: S,
         panel: &[f32],
         pixel: usize,
-        count: usize,
+        rows: &[*const f32],
         first: usize,
     ) {
         // SAFETY: the caller's.
         unsafe {
-            match count {
-                6 => self.tile::<S, 6, V>(s, panel, pixel, first),
-                5 => self.tile::<S, 5, V>(s, panel, pixel, first),
-                4 => self.tile::<S, 4, V>(s, panel, pixel, first),
-                3 => self.tile::<S, 3, V>(s, panel, pixel, first),
-                2 => self.tile::<S, 2, V>(s, panel, pixel, first),
-                _ => self.tile::<S, 1, V>(s, panel, pixel, first),
+            match *rows {
+                [a, b, c, d, e, f] => self.tile::<S, 6, V>(s, panel, pixel, [a, b, c, d, e, f], first),
+                [a, b, c, d, e] => self.tile::<S, 5, V>(s, panel, pixel, [a, b, c, d, e], first),
+                [a, b, c, d] => self.tile::<S, 4, V>(s, panel, pixel, [a, b, c, d], first),
+                [a, b, c] => self.tile::<S, 3, V>(s, panel, pixel, [a, b, c], first),
+                [a, b] => self.tile::<S, 2, V>(s, panel, pixel, [a, b], first),
+                [a] => self.tile::<S, 1, V>(s, panel, pixel, [a], first),
+                _ => unreachable!("a tile has one to six pixels"),
             }
         }
     }
 
-    /// `R` pixels from `pixel` on by a panel of `V` vectors.
+    /// `R` pixels from `pixel` on, whose windows begin at `rows`, by a panel of `V` vectors.
     ///
     /// # Safety
     /// The pixels' windows are readable, the panel has as many lines as they have elements, and the outputs from `first` on
@@ -210,30 +252,37 @@ impl<P: Fn(usize) -> *const f32> Part<'_, P> {
         s: S,
         panel: &[f32],
         pixel: usize,
+        rows: [*const f32; R],
         first: usize,
     ) {
-        let rows: [*const f32; R] = std::array::from_fn(|r| (self.pixel)(pixel + r));
         // SAFETY: the caller's.
         let sums = unsafe { windows::<S, R, V>(s, rows, self.product.runs, panel.as_ptr()) };
         let outputs = self.product.outputs;
         let there = (outputs - first).min(V * S::LANES);
-        for (r, sums) in sums.into_iter().enumerate() {
-            let at = (pixel + r) * outputs + first;
-            if there == V * S::LANES && self.epilogue.in_registers() {
+        if there == V * S::LANES && self.epilogue.in_registers() {
+            for (r, sums) in sums.into_iter().enumerate() {
+                let at = (pixel + r) * outputs + first;
                 for (v, sum) in sums.into_iter().enumerate() {
                     let beside = v * S::LANES;
                     // SAFETY: these outputs exist and are this thread's.
                     unsafe { self.epilogue.put(s, sum, first + beside, self.y, at + beside) };
                 }
-            } else {
-                let mut line = [0.0; 32];
-                for (v, sum) in sums.into_iter().enumerate() {
-                    // SAFETY: two vectors have 32 lanes at most.
-                    unsafe { s.store(line.as_mut_ptr().add(v * S::LANES), sum) };
-                }
-                // SAFETY: as above.
-                unsafe { self.epilogue.put_slice(&mut line[..there], first, self.y, at) };
             }
+            return;
+        }
+        let mut square = [0.0; 32 * ROWS];
+        for (r, sums) in sums.into_iter().enumerate() {
+            for (v, sum) in sums.into_iter().enumerate() {
+                // SAFETY: a tile has six rows of two vectors, of 16 lanes each at most.
+                unsafe { s.store(square.as_mut_ptr().add((r * V + v) * S::LANES), sum) };
+            }
+        }
+        let line = V * S::LANES;
+        // SAFETY: these outputs exist and are this thread's.
+        unsafe {
+            let at = pixel * outputs + first;
+            self.epilogue
+                .put_lines(&mut square[..R * line], line, there, first, self.y, at, outputs);
         }
     }
 }
@@ -255,20 +304,45 @@ pub(super) unsafe fn windows<S: Simd, const R: usize, const V: usize>(
         for j in 0..runs.columns {
             let offset = i as isize * runs.steps[0] + j as isize * runs.steps[1];
             let from = rows.map(|row| row.wrapping_offset(offset));
-            for k in 0..runs.len {
-                // SAFETY: the caller's.
-                unsafe {
-                    let w: [S::F; V] = std::array::from_fn(|v| s.load(at.add(v * S::LANES)));
-                    for r in 0..R {
-                        let x = s.splat(*from[r].add(k));
-                        for v in 0..V {
-                            sums[r][v] = s.fma(x, w[v], sums[r][v]);
-                        }
-                    }
-                    at = at.add(V * S::LANES);
+            let mut k = 0;
+            while k + 4 <= runs.len {
+                for step in 0..4 {
+                    // SAFETY: the caller's.
+                    unsafe { step_by::<S, R, V>(s, &from, k + step, at.add(step * V * S::LANES), &mut sums) };
                 }
+                k += 4;
+                at = at.wrapping_add(4 * V * S::LANES);
+            }
+            while k < runs.len {
+                // SAFETY: the caller's.
+                unsafe { step_by::<S, R, V>(s, &from, k, at, &mut sums) };
+                k += 1;
+                at = at.wrapping_add(V * S::LANES);
             }
         }
     }
     sums
+}
+
+/// One element of the windows.
+///
+/// # Safety
+/// Each window has an element `k`, and `V` vectors are readable at `w`.
+#[inline(always)]
+unsafe fn step_by<S: Simd, const R: usize, const V: usize>(
+    s: S,
+    from: &[*const f32; R],
+    k: usize,
+    w: *const f32,
+    sums: &mut [[S::F; V]; R],
+) {
+    // SAFETY: the caller's.
+    let w: [S::F; V] = std::array::from_fn(|v| unsafe { s.load(w.add(v * S::LANES)) });
+    for r in 0..R {
+        // SAFETY: the caller's.
+        let x = s.splat(unsafe { *from[r].add(k) });
+        for v in 0..V {
+            sums[r][v] = s.fma(x, w[v], sums[r][v]);
+        }
+    }
 }

@@ -109,6 +109,46 @@ impl<'a> Epilogue<'a> {
         unsafe { s.store(y.at(at as isize), sum) };
     }
 
+    /// Finishes the sums of several pixels: lines of `line` numbers of which the first `there` are outputs `output..`; the
+    /// first pixel's go to element `at` of the result, the next one's `step` behind.
+    ///
+    /// # Safety
+    /// As [`Epilogue::put_slice`], for each line.
+    #[allow(clippy::too_many_arguments)] // the geometry of a tile
+    pub(super) unsafe fn put_lines(
+        &self,
+        sums: &mut [f32],
+        line: usize,
+        there: usize,
+        output: usize,
+        y: Shared<f32>,
+        at: usize,
+        step: usize,
+    ) {
+        if let Some(bias) = self.bias {
+            for sums in sums.chunks_exact_mut(line) {
+                sums.iter_mut()
+                    .zip(&bias[output..output + there])
+                    .for_each(|(sum, b)| *sum += b);
+            }
+        }
+        self.activation.slice(sums);
+        if let Some(residual) = self.residual {
+            for (i, sums) in sums.chunks_exact_mut(line).enumerate() {
+                let from = residual.at((at + i * step) as isize);
+                for (j, sum) in sums[..there].iter_mut().enumerate() {
+                    // SAFETY: the caller's.
+                    *sum += unsafe { *from.add(j) };
+                }
+            }
+        }
+        self.last.slice(sums);
+        for (i, sums) in sums.chunks_exact(line).enumerate() {
+            // SAFETY: the caller's; the sums are memory of their own.
+            unsafe { std::ptr::copy_nonoverlapping(sums.as_ptr(), y.at((at + i * step) as isize), there) };
+        }
+    }
+
     /// Finishes the sums of outputs `output..` of one pixel and stores them at element `at` of the result `y`.
     ///
     /// # Safety

@@ -58,8 +58,10 @@ struct Call<'a> {
     x: Shared<f32>,
     /// `[n, h, w, c]`
     x_dims: [usize; 4],
-    /// Of `n`, `h`, `w`; channels are side by side.
+    /// Of `n`, `h`, `w`.
     x_steps: [isize; 3],
+    /// Of `c`: 1 but for direct windows.
+    channel_step: isize,
     y: Shared<f32>,
     /// `[n, h, w, o]`, row-major.
     y_dims: [usize; 4],
@@ -86,7 +88,8 @@ pub fn has_conv_last(params: &ConvParams, channels: usize, outputs: usize) -> bo
     flat && params.stride[0] == 1 && (params.groups == 1 || depthwise)
 }
 
-/// Computes `y[n, h, w, o]` (row-major) from `x[n, h, w, c]` (channels side by side).
+/// Computes `y[n, h, w, o]` (row-major) from `x[n, h, w, c]`. Channels lie side by side, or anywhere when
+/// [`PackedConv::gathers`].
 ///
 /// # Panics
 /// When the shapes do not fit each other or the packed weights.
@@ -100,8 +103,11 @@ pub fn conv_last(
     let params = *conv.packed.params();
     let four = |shape: &[usize]| <[usize; 4]>::try_from(shape).expect("conv: a picture has four dimensions");
     let (x_dims, y_dims) = (four(x.shape()), four(y.shape()));
-    let dense = x.strides()[3] == 1 || x_dims[3] == 1;
-    assert!(dense && y.is_contiguous(), "conv: channels side by side");
+    let channel_step = if x_dims[3] == 1 { 1 } else { x.strides()[3] };
+    assert!(
+        (channel_step == 1 || conv.packed.gathers()) && y.is_contiguous(),
+        "conv: channels side by side"
+    );
     let fits = x_dims[0] == y_dims[0]
         && x_dims[3] == conv.packed.channels()
         && y_dims[3] == conv.packed.outputs()
@@ -123,6 +129,7 @@ pub fn conv_last(
         x: Shared::of(x.ptr()),
         x_dims,
         x_steps: [x.strides()[0], x.strides()[1], x.strides()[2]],
+        channel_step,
         y: target,
         y_dims,
     };

@@ -129,6 +129,13 @@ impl PackedConv {
         self.outputs
     }
 
+    /// Whether pictures may come with their channels apart: they are copied once anyway, or small.
+    pub fn gathers(&self) -> bool {
+        /// Channels of pictures that come from outside.
+        const FEW: usize = 4;
+        self.way == Way::Direct && self.channels <= FEW
+    }
+
     /// Bytes of packed weights.
     pub fn bytes(&self) -> usize {
         self.len * size_of::<f32>()

@@ -226,14 +226,18 @@ fn multiply<F: Form>(pool: &Pool, call: &Call<'_>, tiles: Tiles, inputs: Shared<
         let (position, first) = (chunk / groups, chunk % groups * group);
         let from = inputs.at((position * tiles.all * channels) as isize);
         let from = Shared(from);
-        let pixel = |tile: usize| from.at((tile * channels) as isize).cast_const();
+        let starts = |first: usize, starts: &mut [*const f32]| {
+            for (i, start) in starts.iter_mut().enumerate() {
+                *start = from.at(((first + i) * channels) as isize);
+            }
+        };
         dispatch(Part {
             product: Product {
                 weights: &call.packed.data()[position * each..][..each],
                 outputs,
                 runs,
             },
-            pixel: &pixel,
+            starts: &starts,
             pixels: 0..tiles.all,
             outputs: first..(first + group).min(outputs),
             epilogue: Epilogue::none(),

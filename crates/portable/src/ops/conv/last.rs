@@ -42,7 +42,9 @@ impl Op for ConvLast {
 
     fn accepts(&self, index: usize, layout: &Layout, storage: Storage) -> bool {
         let dense = match index {
-            0 => layout.shape.last() == Some(&1) || layout.strides.last() == Some(&1),
+            0 => {
+                self.packed.gathers() || layout.shape.last() == Some(&1) || layout.strides.last() == Some(&1)
+            }
             _ => layout.is_contiguous(),
         };
         storage == Storage::F32 && dense
