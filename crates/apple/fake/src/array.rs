@@ -90,18 +90,7 @@ define_class!(
             element: MLMultiArrayDataType,
             _error: *mut *mut NSError,
         ) -> Option<Retained<Self>> {
-            let element = Element::from_code(element.0)?;
-            let shape = sizes(shape);
-            let mut memory = Memory::new(&shape, &packed_strides(&shape), element);
-            memory.slice().fill(0);
-            let this = this.set_ivars(Ivars {
-                memory: RefCell::new(memory),
-                element,
-                deallocator: None,
-                _live: Live::new(),
-            });
-            // SAFETY: The super class's own initializer.
-            unsafe { msg_send![super(this), init] }
+            started(this, Ivars::zeros(&sizes(shape), element))
         }
 
         #[unsafe(method_id(initWithDataPointer:shape:dataType:strides:deallocator:error:))]
@@ -114,21 +103,7 @@ define_class!(
             deallocator: Option<&DynBlock<dyn Fn(NonNull<c_void>)>>,
             _error: *mut *mut NSError,
         ) -> Option<Retained<Self>> {
-            let element = Element::from_code(element.0)?;
-            let layout = Layout::new(&sizes(shape), &sizes(strides)).ok()?;
-            let this = this.set_ivars(Ivars {
-                memory: RefCell::new(Memory {
-                    pointer: pointer.as_ptr().cast(),
-                    bytes: layout.span() * element.bytes(),
-                    layout,
-                    own: None,
-                }),
-                element,
-                deallocator: deallocator.map(|d| d.copy()),
-                _live: Live::new(),
-            });
-            // SAFETY: The super class's own initializer.
-            unsafe { msg_send![super(this), init] }
+            started(this, Ivars::over(pointer, &sizes(shape), &sizes(strides), element, deallocator))
         }
 
         #[unsafe(method_id(shape))]
@@ -155,12 +130,55 @@ define_class!(
         #[unsafe(method(getMutableBytesWithHandler:))]
         fn mutable_bytes(&self, handler: &Block<dyn Fn(NonNull<c_void>, NSInteger, NonNull<NSArray<NSNumber>>)>) {
             self.rebase();
-            let strides = self.strides();
+            let strides = numbers(self.ivars().memory.borrow().layout.strides());
             let (pointer, bytes) = self.place();
             handler.call((pointer, bytes as NSInteger, NonNull::from(&*strides)));
         }
     }
 );
+
+/// Finishes an initializer; nil where there is nothing to start from.
+fn started(this: Allocated<FakeArray>, ivars: Option<Ivars>) -> Option<Retained<FakeArray>> {
+    let this = this.set_ivars(ivars?);
+    // SAFETY: The super class's own initializer.
+    unsafe { msg_send![super(this), init] }
+}
+
+impl Ivars {
+    fn zeros(shape: &[usize], element: MLMultiArrayDataType) -> Option<Ivars> {
+        let element = Element::from_code(element.0)?;
+        let mut memory = Memory::new(shape, &packed_strides(shape), element);
+        memory.slice().fill(0);
+        Some(Ivars {
+            memory: RefCell::new(memory),
+            element,
+            deallocator: None,
+            _live: Live::new(),
+        })
+    }
+
+    fn over(
+        pointer: NonNull<c_void>,
+        shape: &[usize],
+        strides: &[usize],
+        element: MLMultiArrayDataType,
+        deallocator: Option<&DynBlock<dyn Fn(NonNull<c_void>)>>,
+    ) -> Option<Ivars> {
+        let element = Element::from_code(element.0)?;
+        let layout = Layout::new(shape, strides).ok()?;
+        Some(Ivars {
+            memory: RefCell::new(Memory {
+                pointer: pointer.as_ptr().cast(),
+                bytes: layout.span() * element.bytes(),
+                layout,
+                own: None,
+            }),
+            element,
+            deallocator: deallocator.map(|d| d.copy()),
+            _live: Live::new(),
+        })
+    }
+}
 
 impl FakeArray {
     fn place(&self) -> (NonNull<c_void>, usize) {

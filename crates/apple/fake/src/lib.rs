@@ -24,7 +24,7 @@ pub fn live() -> isize {
 }
 
 /// Counts the object it is part of.
-struct Live;
+pub struct Live;
 
 impl Live {
     fn new() -> Live {

@@ -59,7 +59,7 @@ fn complete<T: 'static>(
     struct Crossing<T>(RcBlock<dyn Fn(*mut T, *mut NSError)>, Option<Retained<T>>);
     // SAFETY: Given away to the one thread that uses it.
     unsafe impl<T> Send for Crossing<T> {}
-    impl<T> Crossing<T> {
+    impl<T: objc2::Message> Crossing<T> {
         fn call(self, code: Option<isize>) {
             let error = code.map(error);
             let object = self
@@ -90,12 +90,14 @@ define_class!(
     impl FakeModel {
         #[unsafe(method_id(modelWithContentsOfURL:configuration:error:))]
         fn load(url: &NSURL, configuration: &MLModelConfiguration, place: *mut *mut NSError) -> Option<Retained<Self>> {
-            let Some(ivars) = open(url, FakeConfiguration::function_of(configuration)) else {
-                return refuse(3, place);
-            };
-            let this = FakeModel::alloc().set_ivars(ivars);
-            // SAFETY: The super class's own initializer.
-            Some(unsafe { msg_send![super(this), init] })
+            match open(url, FakeConfiguration::function_of(configuration)) {
+                Some(ivars) => {
+                    let this = FakeModel::alloc().set_ivars(ivars);
+                    // SAFETY: The super class's own initializer.
+                    Some(unsafe { msg_send![super(this), init] })
+                }
+                None => refuse(3, place),
+            }
         }
 
         #[unsafe(method(compileModelAtURL:completionHandler:))]
@@ -126,7 +128,7 @@ define_class!(
             options: &MLPredictionOptions,
             place: *mut *mut NSError,
         ) -> Option<Retained<MLDictionaryFeatureProvider>> {
-            self.run(inputs, None, Some(options)).or_else(|code| code.map_or(Ok(None), |c| Ok::<_, ()>(refuse(c, place)))).ok()?
+            given(self.run(inputs, None, Some(options)), place)
         }
 
         #[unsafe(method_id(predictionFromFeatures:usingState:options:error:))]
@@ -137,7 +139,7 @@ define_class!(
             options: &MLPredictionOptions,
             place: *mut *mut NSError,
         ) -> Option<Retained<MLDictionaryFeatureProvider>> {
-            self.run(inputs, Some(state), Some(options)).or_else(|code| code.map_or(Ok(None), |c| Ok::<_, ()>(refuse(c, place)))).ok()?
+            given(self.run(inputs, Some(state), Some(options)), place)
         }
 
         #[unsafe(method_id(predictionsFromBatch:error:))]
@@ -146,19 +148,18 @@ define_class!(
             batch: &ProtocolObject<dyn MLBatchProvider>,
             place: *mut *mut NSError,
         ) -> Option<Retained<MLArrayBatchProvider>> {
-            // SAFETY: A plain getter, and indices below the count.
-            let results = unsafe { (0..batch.count()).map(|i| self.run(&batch.featuresAtIndex(i), None, None)) };
-            let Ok(results) = results.collect::<Result<Option<Vec<_>>, _>>() else {
-                return refuse(0, place);
-            };
-            let results: Vec<Retained<Provider>> = results?.into_iter().map(ProtocolObject::from_retained).collect();
-            let results = NSArray::from_retained_slice(&results);
-            let this: Allocated<MLArrayBatchProvider> = MLArrayBatchProvider::alloc();
-            // SAFETY: An array of feature providers.
-            Some(unsafe { MLArrayBatchProvider::initWithFeatureProviderArray(this, &results) })
+            given(self.run_all(batch), place)
         }
     }
 );
+
+/// A result as Objective-C wants it: the object, or nil with an error where there is one to give.
+fn given<T>(result: Result<Option<Retained<T>>, Option<isize>>, place: *mut *mut NSError) -> Option<Retained<T>> {
+    match result {
+        Ok(object) => object,
+        Err(code) => code.and_then(|code| refuse(code, place)),
+    }
+}
 
 fn open(url: &NSURL, function: Option<String>) -> Option<Ivars> {
     let file = Arc::new(Model::open(url.path().map(|p| PathBuf::from(p.to_string()))?).ok()?);
@@ -201,6 +202,27 @@ fn copy(from: &Path, to: &Path) -> std::io::Result<()> {
 }
 
 impl FakeModel {
+    /// Runs the function once for each element of a batch.
+    fn run_all(
+        &self,
+        batch: &ProtocolObject<dyn MLBatchProvider>,
+    ) -> Result<Option<Retained<MLArrayBatchProvider>>, Option<isize>> {
+        let mut results: Vec<Retained<Provider>> = Vec::new();
+        // SAFETY: A plain getter.
+        for index in 0..unsafe { batch.count() } {
+            // SAFETY: The index is below the count.
+            let inputs = unsafe { batch.featuresAtIndex(index) };
+            match self.run(&inputs, None, None)? {
+                Some(outputs) => results.push(ProtocolObject::from_retained(outputs)),
+                None => return Ok(None),
+            }
+        }
+        let results = NSArray::from_retained_slice(&results);
+        let this: Allocated<MLArrayBatchProvider> = MLArrayBatchProvider::alloc();
+        // SAFETY: An array of feature providers.
+        Ok(Some(unsafe { MLArrayBatchProvider::initWithFeatureProviderArray(this, &results) }))
+    }
+
     /// Runs the function. `Err` holds the code of an error, or nothing where none is to be given.
     fn run(
         &self,
@@ -211,7 +233,11 @@ impl FakeModel {
         if Behaviour::Throws.is_on() {
             let reason = NSString::from_str("played");
             let name = NSString::from_str("NSGenericException");
-            NSException::new(&name, Some(&reason), None).ok_or(None)?.raise();
+            let exception = NSException::new(&name, Some(&reason), None).ok_or(None)?;
+            // Throwing does not retain it here, and the frames it passes drop what is theirs.
+            let exception = Retained::autorelease_ptr(exception);
+            // SAFETY: The pool around the call outlives the exception's way.
+            unsafe { &*exception }.raise();
         }
         if Behaviour::FailsSilently.is_on() {
             return Err(None);
@@ -417,12 +443,14 @@ define_class!(
     impl FakeAsset {
         #[unsafe(method_id(modelAssetWithURL:error:))]
         fn open(url: &NSURL, place: *mut *mut NSError) -> Option<Retained<Self>> {
-            let Some(path) = url.path().map(|p| PathBuf::from(p.to_string())).filter(|p| p.exists()) else {
-                return refuse(3, place);
-            };
-            let this = FakeAsset::alloc().set_ivars((path, Live::new()));
-            // SAFETY: The super class's own initializer.
-            Some(unsafe { msg_send![super(this), init] })
+            match url.path().map(|p| PathBuf::from(p.to_string())).filter(|p| p.exists()) {
+                Some(path) => {
+                    let this = FakeAsset::alloc().set_ivars((path, Live::new()));
+                    // SAFETY: The super class's own initializer.
+                    Some(unsafe { msg_send![super(this), init] })
+                }
+                None => refuse(3, place),
+            }
         }
 
         #[unsafe(method(functionNamesWithCompletionHandler:))]

@@ -36,9 +36,8 @@ define_class!(
 
         #[unsafe(method_id(featureValueForName:))]
         fn value(&self, name: &NSString) -> Option<Retained<MLFeatureValue>> {
-            let value = self.ivars().0.objectForKey(name)?;
             // SAFETY: The dictionary holds feature values.
-            Some(unsafe { Retained::cast_unchecked(value) })
+            self.ivars().0.objectForKey(name).map(|value| unsafe { Retained::cast_unchecked(value) })
         }
     }
 );

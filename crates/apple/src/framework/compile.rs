@@ -29,12 +29,15 @@ pub fn compiled(source: &Path, folder: &Path) -> Result<PathBuf, Error> {
 
 /// The folder for compiled models in the user's caches.
 pub fn default_cache_folder() -> PathBuf {
-    let found = NSSearchPathForDirectoriesInDomains(
-        NSSearchPathDirectory::CachesDirectory,
-        NSSearchPathDomainMask::UserDomainMask,
-        true,
-    );
-    let folder = found.iter().next().map(|f| PathBuf::from(f.to_string()));
+    let folder = call("the folder for caches", || {
+        let found = NSSearchPathForDirectoriesInDomains(
+            NSSearchPathDirectory::CachesDirectory,
+            NSSearchPathDomainMask::UserDomainMask,
+            true,
+        );
+        Ok(found.iter().next().map(|f| PathBuf::from(f.to_string())))
+    });
+    let folder = folder.ok().flatten();
     folder.unwrap_or_else(std::env::temp_dir).join("candle-coreml")
 }
 

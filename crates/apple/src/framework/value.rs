@@ -4,7 +4,7 @@ use super::array;
 use super::call::{core_ml, string};
 use crate::array::ArrayRef;
 use crate::error::Error;
-use crate::value::{OwnedValue, Picture, Value};
+use crate::value::{OwnedValue, Value};
 use objc2::rc::Retained;
 use objc2::runtime::AnyObject;
 use objc2_core_ml::{MLFeatureType, MLFeatureValue, MLSequence};
@@ -146,14 +146,14 @@ fn pairs(name: &str, counts: &NSDictionary<AnyObject, NSNumber>) -> Result<Owned
 use super::image::{feature_value as image, picture};
 
 #[cfg(not(target_vendor = "apple"))]
-fn image(_name: &str, _picture: &Picture) -> Result<Retained<MLFeatureValue>, Error> {
+fn image(_name: &str, _picture: &crate::value::Picture) -> Result<Retained<MLFeatureValue>, Error> {
     Err(Error::NotHere {
         what: "a pixel buffer",
     })
 }
 
 #[cfg(not(target_vendor = "apple"))]
-fn picture(_name: &str, _value: &MLFeatureValue) -> Result<Picture, Error> {
+fn picture(_name: &str, _value: &MLFeatureValue) -> Result<crate::value::Picture, Error> {
     Err(Error::NotHere {
         what: "a pixel buffer",
     })
