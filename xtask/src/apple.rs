@@ -15,7 +15,12 @@ const TARGET_PACKAGES: &[&str] = &["rustc-web", "cargo-web", "rust-web-src", "cl
 
 /// Debian packages that the stand-in needs: Foundation, its runtime, blocks, and GCC's Objective-C for one file of
 /// objc2's: what clang makes of it for this runtime catches no exception.
-const FAKE_PACKAGES: &[&str] = &["libgnustep-base-dev", "libobjc-12-dev", "libblocksruntime-dev", "gobjc"];
+const FAKE_PACKAGES: &[&str] = &[
+    "libgnustep-base-dev",
+    "libobjc-12-dev",
+    "libblocksruntime-dev",
+    "gobjc",
+];
 
 /// What is checked for each target. Crates that ship there; those that do not exist yet are left out by name.
 const SHIPPED: &[&str] = &[

@@ -50,6 +50,9 @@ impl Element {
     }
 }
 
+/// What keeps memory alive: Core ML may hold an array longer than the call it came with.
+pub type Owner = std::sync::Arc<dyn std::any::Any + Send + Sync>;
+
 /// Elements to be read, row-major without gaps.
 #[derive(Debug, Clone, Copy)]
 pub struct ArrayRef<'a> {
@@ -59,6 +62,9 @@ pub struct ArrayRef<'a> {
     pub element: Element,
     /// The elements in the machine's byte order, as many as the shape has.
     pub bytes: &'a [u8],
+    /// What the memory belongs to. Without it the elements are always copied; with it a large array is read where it is,
+    /// and the owner is let go when Core ML lets go of the array.
+    pub owner: Option<&'a Owner>,
 }
 
 /// Elements of their own, row-major without gaps.
@@ -134,6 +140,7 @@ impl Array {
             shape: &self.shape,
             element: self.data.element(),
             bytes: self.data.bytes(),
+            owner: None,
         }
     }
 }

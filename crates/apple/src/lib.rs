@@ -24,7 +24,7 @@ pub mod reuse;
 pub mod strided;
 mod value;
 
-pub use array::{Array, ArrayRef, Buffer, Element};
+pub use array::{Array, ArrayRef, Buffer, Element, Owner};
 pub use error::Error;
 pub use options::{ComputeUnits, LoadOptions, OsVersion, ReshapeFrequency, Specialization};
 pub use value::{OwnedValue, Picture, PixelFormat, Pixels, Value};

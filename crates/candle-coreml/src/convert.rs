@@ -54,6 +54,7 @@ enum Held<'a> {
 pub(crate) struct Locked<'p> {
     shape: &'p [usize],
     elements: Elements<'p>,
+    tensor: Option<&'p Tensor>,
 }
 
 enum Elements<'p> {
@@ -172,9 +173,14 @@ impl Prepared<'_> {
             Held::I32(v) => Elements::Slice(Data::I32(v)),
             Held::I8(v) => Elements::Slice(Data::I8(v)),
         };
+        let tensor = match &self.held {
+            Held::Tensor(tensor) => Some(&**tensor),
+            _ => None,
+        };
         Ok(Locked {
             shape: &self.shape,
             elements,
+            tensor,
         })
     }
 }
@@ -197,6 +203,7 @@ impl Locked<'_> {
         Array {
             shape: self.shape,
             data,
+            tensor: self.tensor,
         }
     }
 }

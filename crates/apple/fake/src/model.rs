@@ -154,7 +154,10 @@ define_class!(
 );
 
 /// A result as Objective-C wants it: the object, or nil with an error where there is one to give.
-fn given<T>(result: Result<Option<Retained<T>>, Option<isize>>, place: *mut *mut NSError) -> Option<Retained<T>> {
+fn given<T>(
+    result: Result<Option<Retained<T>>, Option<isize>>,
+    place: *mut *mut NSError,
+) -> Option<Retained<T>> {
     match result {
         Ok(object) => object,
         Err(code) => code.and_then(|code| refuse(code, place)),
@@ -220,7 +223,9 @@ impl FakeModel {
         let results = NSArray::from_retained_slice(&results);
         let this: Allocated<MLArrayBatchProvider> = MLArrayBatchProvider::alloc();
         // SAFETY: An array of feature providers.
-        Ok(Some(unsafe { MLArrayBatchProvider::initWithFeatureProviderArray(this, &results) }))
+        Ok(Some(unsafe {
+            MLArrayBatchProvider::initWithFeatureProviderArray(this, &results)
+        }))
     }
 
     /// Runs the function. `Err` holds the code of an error, or nothing where none is to be given.

@@ -4,11 +4,12 @@ mod common;
 
 use candle_coreml_apple::framework::{self, Model};
 use candle_coreml_apple::{
-    Array, ArrayRef, Buffer, Element, Error, LoadOptions, OsVersion, OwnedValue, Value,
+    Array, ArrayRef, Buffer, Element, Error, LoadOptions, OsVersion, OwnedValue, Owner, Value,
 };
 use candle_coreml_apple_fake::{Behaviour, compilations, live};
 use common::{Folder, ONE, PROGRAM, model, resident_bytes, start};
 use half::f16;
+use std::sync::Arc;
 
 const NEW: OsVersion = OsVersion {
     mac: true,
@@ -33,6 +34,7 @@ fn given<'a>(shape: &'a [usize], bytes: &'a [u8]) -> Value<'a> {
         shape,
         element: Element::F16,
         bytes,
+        owner: None,
     })
 }
 
@@ -177,6 +179,7 @@ fn states_are_changed_read_written_reset_and_forked() {
                 shape: &[3],
                 element: Element::F16,
                 bytes: &tens,
+                owner: None,
             },
         )
         .unwrap();
@@ -285,12 +288,15 @@ fn large_inputs_are_read_where_they_are_and_let_go() {
         NEW,
     )
     .unwrap();
-    let bytes: Vec<u8> = (0..300_000).flat_map(|i| (i as f32).to_ne_bytes()).collect();
+    let bytes: Arc<Vec<u8>> = Arc::new((0..300_000).flat_map(|i| (i as f32).to_ne_bytes()).collect());
+    let owner: Owner = bytes.clone();
     let input = ArrayRef {
         shape: &[1, 300_000],
         element: Element::F32,
         bytes: &bytes,
+        owner: Some(&owner),
     };
+    let mut kept_before = false;
     for behaviour in [None, Some(Behaviour::KeepsInputs), None] {
         let _on = behaviour.map(Behaviour::on);
         let outputs = model.predict(&[("x", Value::Array(input))], None).unwrap();
@@ -301,7 +307,13 @@ fn large_inputs_are_read_where_they_are_and_let_go() {
             panic!()
         };
         assert!(v.iter().enumerate().all(|(i, &v)| v == 2.0 * i as f32));
+        // Ours, the owner handed over, and what the framework keeps.
+        let kept = usize::from(kept_before || behaviour.is_some());
+        assert_eq!(Arc::strong_count(&bytes), 2 + kept, "{behaviour:?}");
+        kept_before |= behaviour.is_some();
     }
+    drop(model);
+    assert_eq!(Arc::strong_count(&bytes), 2, "let go with the framework's model");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Elements into and out of MLMultiArray.
 
 use super::call::{core_ml, numbers, sizes};
-use crate::array::{Array, ArrayRef, Buffer, Element};
+use crate::array::{Array, ArrayRef, Buffer, Element, Owner};
 use crate::error::Error;
 use crate::strided::{Layout, LayoutError, packed_strides};
 use block2::RcBlock;
@@ -35,19 +35,23 @@ pub(super) struct Wrapped {
     pub released: Arc<AtomicBool>,
 }
 
-/// An array over the memory of `source`, without a copy.
+/// An array over the memory of `source`, without a copy; it holds the owner until Core ML lets go of it.
 ///
 /// # Safety
-/// The memory stays readable and unchanged until `released` is set or Core ML has stopped reading it.
-pub(super) unsafe fn wrap(source: ArrayRef<'_>) -> Result<Wrapped, Error> {
+/// `owner` keeps the memory of `source` where it is, and nobody writes to it.
+pub(super) unsafe fn wrap(source: ArrayRef<'_>, owner: &Owner) -> Result<Wrapped, Error> {
     let what = format!("wrapping an array of shape {:?}", source.shape);
     let released = Arc::new(AtomicBool::new(false));
-    let sign = released.clone();
-    let deallocator = RcBlock::new(move |_: NonNull<c_void>| sign.store(true, Ordering::Release));
+    let (sign, owner) = (released.clone(), RefCell::new(Some(owner.clone())));
+    let deallocator = RcBlock::new(move |_: NonNull<c_void>| {
+        // Called once, from whichever thread lets go last.
+        drop(owner.take());
+        sign.store(true, Ordering::Release);
+    });
     // An input is not written to: Core ML takes a mutable pointer because arrays can be outputs too.
     let memory = NonNull::from(source.bytes).cast::<c_void>();
     let strides = packed_strides(source.shape);
-    // SAFETY: The memory holds the elements of this shape, type and strides, and stays, by this function's condition.
+    // SAFETY: The memory holds the elements of this shape, type and strides, and stays, since the block holds its owner.
     let made = unsafe {
         MLMultiArray::initWithDataPointer_shape_dataType_strides_deallocator_error(
             MLMultiArray::alloc(),

@@ -72,23 +72,24 @@ impl Frame {
         })
     }
 
-    /// A frame for one call. Arrays are wrapped where they are when `wrap` says so, else copied.
-    ///
-    /// # Safety
-    /// When `wrap` is true, the memory of the inputs stays as it is until Core ML has stopped reading it.
-    pub(super) unsafe fn once(inputs: &Inputs<'_>, wrap: bool) -> Result<Frame, Error> {
+    /// A frame for one call. Arrays that have an owner are wrapped where they are when `wrap` says so, others copied.
+    pub(super) fn once(inputs: &Inputs<'_>, wrap: bool) -> Result<Frame, Error> {
         let mut values = Vec::with_capacity(inputs.len());
         let mut wrapped = Vec::new();
         for (name, value) in inputs {
-            values.push(match value {
-                Value::Array(source) if wrap => {
-                    // SAFETY: By this function's own condition.
-                    let made = unsafe { array::wrap(*source) }?;
+            let owner = match value {
+                Value::Array(source) if wrap => source.owner,
+                _ => None,
+            };
+            values.push(match (value, owner) {
+                (Value::Array(source), Some(owner)) => {
+                    // SAFETY: The owner is said to keep this memory, and inputs are not written to.
+                    let made = unsafe { array::wrap(*source, owner) }?;
                     wrapped.push(made.released);
                     // SAFETY: A valid array.
                     unsafe { MLFeatureValue::featureValueWithMultiArray(&made.array) }
                 }
-                other => value::other(name, *other)?,
+                (other, _) => value::other(name, *other)?,
             });
         }
         Ok(Frame {

@@ -135,8 +135,7 @@ impl Model {
     /// As [`predict`](Self::predict).
     pub fn predict_batch(&self, batch: &[&Inputs<'_>]) -> Result<Vec<Outputs>, Error> {
         call("batch prediction", || {
-            // SAFETY: Nothing is wrapped.
-            let frames = batch.iter().map(|inputs| unsafe { Frame::once(inputs, false) });
+            let frames = batch.iter().map(|inputs| Frame::once(inputs, false));
             let frames = frames.collect::<Result<Vec<_>, _>>()?;
             let providers: Vec<_> = frames.iter().map(Frame::provider).collect();
             let providers = NSArray::from_slice(&providers);
@@ -176,9 +175,8 @@ impl Model {
                 Some(key) => Frame::kept(key, inputs, &self.function.outputs)?,
                 None => {
                     let wrap = self.wraps.load(Ordering::Relaxed);
-                    // SAFETY: The inputs are borrowed until the prediction has returned, and a prediction that returned
-                    // has read its inputs. Should Core ML keep an array longer, no more are wrapped.
-                    return unsafe { Frame::once(inputs, wrap) };
+                    // Should Core ML keep an array longer than the call, no more are wrapped: their owners would stay, too.
+                    return Frame::once(inputs, wrap);
                 }
             },
         };

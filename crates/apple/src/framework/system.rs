@@ -16,8 +16,10 @@ pub fn system() -> OsVersion {
 
 /// The version with the build, which compiled models depend on.
 pub fn build() -> String {
-    let info = objc2_foundation::NSProcessInfo::processInfo();
-    format!("{} {}", system(), info.operatingSystemVersionString())
+    objc2::rc::autoreleasepool(|_| {
+        let info = objc2_foundation::NSProcessInfo::processInfo();
+        format!("{} {}", system(), info.operatingSystemVersionString())
+    })
 }
 
 /// The version that is played off Apple systems, as 256 * major + minor.

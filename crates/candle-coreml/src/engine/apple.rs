@@ -125,10 +125,14 @@ impl Engine for AppleEngine {
         state: Option<&mut dyn EngineState>,
     ) -> Result<Vec<(String, Value)>, Error> {
         let pictures: Vec<Option<apple::Picture>> = inputs.iter().map(|i| picture(&i.value)).collect();
+        let owners = owners(inputs);
         let given: Vec<(&str, apple::Value<'_>)> = inputs
             .iter()
-            .zip(&pictures)
-            .map(|(input, picture)| (input.name, value(&input.value, picture.as_ref())))
+            .enumerate()
+            .map(|(i, input)| {
+                let (picture, owner) = (pictures[i].as_ref(), owners.get(i).and_then(Option::as_ref));
+                (input.name, value(&input.value, picture, owner))
+            })
             .collect();
         let state = match state {
             Some(state) => Some(own(state)?),
@@ -146,7 +150,7 @@ impl EngineState for AppleState {
     }
 
     fn write(&mut self, name: &str, array: Array<'_>) -> Result<(), Error> {
-        self.0.write(name, borrowed(array)).map_err(failed)
+        self.0.write(name, borrowed(array, None)).map_err(failed)
     }
 
     fn reset(&mut self) -> Result<(), Error> {
@@ -162,8 +166,26 @@ impl EngineState for AppleState {
     }
 }
 
+/// Handles on the tensors that are read where they are: none at all when the inputs are small enough to be copied.
+fn owners(inputs: &[Input<'_>]) -> Vec<Option<apple::Owner>> {
+    let array = |input: &Input<'_>| match input.value {
+        InputValue::Array(array) => Some(borrowed(array, None).bytes.len()),
+        _ => None,
+    };
+    if inputs.iter().filter_map(array).sum::<usize>() <= apple::reuse::COPY_UP_TO_BYTES {
+        return Vec::new();
+    }
+    let owner = |input: &Input<'_>| match input.value {
+        InputValue::Array(Array {
+            tensor: Some(tensor), ..
+        }) => Some(Arc::new(tensor.clone()) as apple::Owner),
+        _ => None,
+    };
+    inputs.iter().map(owner).collect()
+}
+
 /// The elements where they are.
-fn borrowed(array: Array<'_>) -> apple::ArrayRef<'_> {
+fn borrowed<'a>(array: Array<'a>, owner: Option<&'a apple::Owner>) -> apple::ArrayRef<'a> {
     let (element, bytes) = match array.data {
         Data::F16(v) => (apple::Element::F16, bytemuck::cast_slice(v)),
         Data::F32(v) => (apple::Element::F32, bytemuck::cast_slice(v)),
@@ -175,6 +197,7 @@ fn borrowed(array: Array<'_>) -> apple::ArrayRef<'_> {
         shape: array.shape,
         element,
         bytes,
+        owner,
     }
 }
 
@@ -193,12 +216,16 @@ fn picture(value: &InputValue<'_>) -> Option<apple::Picture> {
     })
 }
 
-fn value<'a>(value: &InputValue<'a>, picture: Option<&'a apple::Picture>) -> apple::Value<'a> {
+fn value<'a>(
+    value: &InputValue<'a>,
+    picture: Option<&'a apple::Picture>,
+    owner: Option<&'a apple::Owner>,
+) -> apple::Value<'a> {
     if let Some(picture) = picture {
         return apple::Value::Picture(picture);
     }
     match value {
-        InputValue::Array(array) => apple::Value::Array(borrowed(*array)),
+        InputValue::Array(array) => apple::Value::Array(borrowed(*array, owner)),
         InputValue::Value(Value::String(text)) => apple::Value::String(text),
         InputValue::Value(Value::Int64(v)) => apple::Value::Int64(*v),
         InputValue::Value(Value::Double(v)) => apple::Value::Double(*v),

@@ -133,6 +133,12 @@ pub(crate) struct Array<'a> {
     pub shape: &'a [usize],
     /// As many elements as the shape has, of the declared dtype.
     pub data: Data<'a>,
+    /// The tensor whose memory this is; none for converted elements.
+    #[cfg_attr(
+        not(any(all(target_vendor = "apple", feature = "framework"), feature = "gnustep")),
+        allow(dead_code)
+    )]
+    pub tensor: Option<&'a Tensor>,
 }
 
 /// Elements of the dtypes multi-arrays have.
