@@ -11,7 +11,14 @@ use std::time::Instant;
 type Result<T> = std::result::Result<T, String>;
 
 /// Debian packages that the real target needs: a compiler with its library's sources, and clang for one file of objc2's.
-const TARGET_PACKAGES: &[&str] = &["rustc-web", "cargo-web", "rust-web-src", "clang", "llvm"];
+const TARGET_PACKAGES: &[&str] = &[
+    "rustc-web",
+    "cargo-web",
+    "rust-web-src",
+    "rust-web-clippy",
+    "clang",
+    "llvm",
+];
 
 /// Debian packages that the stand-in needs: Foundation, its runtime, blocks, and GCC's Objective-C for one file of
 /// objc2's: what clang makes of it for this runtime catches no exception.
@@ -97,8 +104,6 @@ pub fn report(arguments: &[String]) -> Result<()> {
         "--release",
         "-p",
         "candle-coreml",
-        "--features",
-        "framework",
         "--example",
         "predict",
         "--",
@@ -132,15 +137,21 @@ fn cross(command: &str, target: &str, packages: &[&str], more: &[&str]) -> Resul
     let sdk = root().join("target/apple-sdk");
     fs::create_dir_all(&sdk).map_err(|e| format!("{}: {e}", sdk.display()))?;
     // By full path: another cargo may come first, and the sources fit this compiler only.
-    let mut cargo = Command::new("/usr/bin/cargo");
+    // Clippy, too, looks for its cargo and its compiler on the path.
+    let program = if command == "clippy" {
+        "/usr/bin/cargo-clippy"
+    } else {
+        "/usr/bin/cargo"
+    };
+    let mut cargo = Command::new(program);
     cargo
         .current_dir(root())
+        .env("CARGO", "/usr/bin/cargo")
+        .env("PATH", "/usr/bin:/bin")
         .args([command, "-Zbuild-std=std", "--target", target]);
     for package in packages {
         cargo.args(["--package", package]);
     }
-    // The calls to the framework are off by default.
-    cargo.args(["--features", "candle-coreml/framework"]);
     cargo.args(more);
     cargo
         .env("RUSTC", "/usr/bin/rustc")

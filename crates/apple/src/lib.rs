@@ -15,7 +15,7 @@ pub mod array;
 pub mod cache;
 pub mod describe;
 mod error;
-#[cfg(any(all(target_vendor = "apple", feature = "framework"), feature = "gnustep"))]
+#[cfg(any(target_vendor = "apple", feature = "gnustep"))]
 pub mod framework;
 pub mod options;
 pub mod pixels;

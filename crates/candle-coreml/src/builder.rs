@@ -4,6 +4,8 @@ use crate::config::Config;
 use crate::engine::{self, EngineKind};
 use crate::error::Error;
 use crate::model::CoreMLModel;
+use candle_coreml_apple::plan::{ComputeDevice, ComputePlan};
+use candle_coreml_apple::{ReshapeFrequency, Specialization};
 use candle_coreml_mil::Source;
 use std::path::{Path, PathBuf};
 
@@ -44,6 +46,10 @@ pub(crate) struct Options {
     pub threads: usize,
     /// fp16 inputs and outputs as fp32.
     pub wide: bool,
+    /// Whether the GPU may add up 16-bit floats in 16 bits.
+    pub low_precision_accumulation: bool,
+    pub reshape_frequency: Option<ReshapeFrequency>,
+    pub specialization: Option<Specialization>,
 }
 
 /// The processors CoreML.framework may use. The portable engine runs on the CPU whatever is said here.
@@ -121,6 +127,24 @@ impl CoreMLModelBuilder {
         self
     }
 
+    /// Lets CoreML.framework add up 16-bit floats in 16 bits on the GPU: faster, less exact.
+    pub fn low_precision_accumulation(mut self, allowed: bool) -> Self {
+        self.options.low_precision_accumulation = allowed;
+        self
+    }
+
+    /// Tells CoreML.framework how often input shapes change (macOS 14.4, iOS 17.4).
+    pub fn reshape_frequency(mut self, hint: ReshapeFrequency) -> Self {
+        self.options.reshape_frequency = Some(hint);
+        self
+    }
+
+    /// Tells CoreML.framework what to prepare the model for (macOS 15, iOS 18).
+    pub fn specialization(mut self, hint: Specialization) -> Self {
+        self.options.specialization = Some(hint);
+        self
+    }
+
     /// How the portable engine computes.
     pub fn numerics(mut self, numerics: Numerics) -> Self {
         self.options.numerics = numerics;
@@ -146,6 +170,14 @@ impl CoreMLModelBuilder {
         self
     }
 
+    /// Which operation CoreML.framework would run on which device, and at what cost (macOS 14.4, iOS 17.4).
+    ///
+    /// # Errors
+    /// [`Error::EngineUnavailable`] where there is no CoreML.framework, [`Error::Engine`] for what it says.
+    pub fn compute_plan(&self) -> Result<ComputePlan, Error> {
+        engine::compute_plan(&self.origin, &self.options)
+    }
+
     /// Opens the model.
     ///
     /// # Errors
@@ -160,6 +192,14 @@ impl CoreMLModelBuilder {
         tracing::debug!(engine = %engine.kind(), function = engine.function().name, "opened a Core ML model");
         CoreMLModel::with_config(engine, self.config)
     }
+}
+
+/// The devices CoreML.framework can use on this machine (macOS 14, iOS 17).
+///
+/// # Errors
+/// [`Error::EngineUnavailable`] where there is no CoreML.framework, [`Error::Engine`] for what it says.
+pub fn compute_devices() -> Result<Vec<ComputeDevice>, Error> {
+    engine::compute_devices()
 }
 
 #[cfg(test)]

@@ -33,7 +33,9 @@ mod state;
 mod trace;
 mod value;
 
-pub use builder::{ComputeUnits, CoreMLModelBuilder, Numerics};
+pub use builder::{ComputeUnits, CoreMLModelBuilder, Numerics, compute_devices};
+pub use candle_coreml_apple::plan::{ComputeDevice, ComputePlan, DeviceShare, PlannedOperation};
+pub use candle_coreml_apple::{ReshapeFrequency, Specialization};
 pub use candle_coreml_mil::{
     ArrayDescription, ColorSpace, DType as ElementType, Description, Feature, FeatureType, Flexibility,
     FunctionDescription, ImageDescription, Metadata, ModelKind, Source,

@@ -253,6 +253,30 @@ impl CoreMLModel {
         })
     }
 
+    /// Runs the function on each set of inputs, in one call of the engine: CoreML.framework may do that faster than one
+    /// after another. For functions without states.
+    ///
+    /// # Errors
+    /// Those of [`predict`](Self::predict), for the first set that is wrong.
+    pub fn predict_batch(&self, batch: &[&[(&str, &Value)]]) -> Result<Vec<Outputs>, Error> {
+        let function = self.engine.function();
+        self.fitting(None)?;
+        let given: Vec<_> = batch.iter().map(|inputs| values(inputs)).collect();
+        let ready = given.iter().map(|given| inputs::ready(function, given));
+        let ready = ready.collect::<Result<Vec<_>, _>>()?;
+        let locked = ready
+            .iter()
+            .map(|ready| ready.iter().map(|(_, r)| r.lock()).collect::<Result<Vec<_>, _>>())
+            .collect::<Result<Vec<_>, _>>()?;
+        let inputs = ready.iter().zip(&locked).map(|(r, l)| named_inputs(r, l));
+        let outputs = self.engine.predict_batch(&inputs.collect::<Vec<_>>())?;
+        outputs
+            .into_iter()
+            .zip(&given)
+            .map(|(outputs, given)| finished(function, outputs, &inputs::device(given)))
+            .collect()
+    }
+
     /// What runs for the default shapes, as text for people: steps with their merged operations, memory, bytes, arithmetic.
     ///
     /// # Errors
@@ -285,22 +309,10 @@ impl CoreMLModel {
             .iter()
             .map(|(_, r)| r.lock())
             .collect::<Result<Vec<_>, _>>()?;
-        let inputs: Vec<Input<'_>> = ready
-            .iter()
-            .zip(&locked)
-            .map(|((name, _), value)| Input {
-                name,
-                value: value.value(),
-            })
-            .collect();
+        let inputs = named_inputs(&ready, &locked);
         let state = state.map(|s| s.inner.as_mut() as &mut dyn EngineState);
         let outputs = by(self.engine.as_ref(), &inputs, state)?;
-        let device = inputs::device(given);
-        let finished = outputs.into_iter().map(|(name, value)| {
-            let value = finish(function, &name, value, &device)?;
-            Ok((name, value))
-        });
-        Ok(Outputs::new(finished.collect::<Result<_, Error>>()?))
+        finished(function, outputs, &inputs::device(given))
     }
 
     /// The state to run with: none where the function declares none.
@@ -365,6 +377,28 @@ fn values<'a>(inputs: &[(&'a str, &'a Value)]) -> Vec<(&'a str, Given<'a>)> {
         .iter()
         .map(|&(name, value)| (name, Given::Value(value)))
         .collect()
+}
+
+/// Inputs as engines take them, their memory held readable.
+fn named_inputs<'a>(ready: &'a [(&'a str, Ready<'a>)], locked: &'a [Held<'a>]) -> Vec<Input<'a>> {
+    let input = |((name, _), held): (&(&'a str, Ready<'a>), &'a Held<'a>)| Input {
+        name,
+        value: held.value(),
+    };
+    ready.iter().zip(locked).map(input).collect()
+}
+
+/// What an engine gave, in the declared dtypes and on the device of the inputs.
+fn finished(
+    function: &FunctionDescription,
+    outputs: Vec<(String, Value)>,
+    device: &Device,
+) -> Result<Outputs, Error> {
+    let finished = outputs.into_iter().map(|(name, value)| {
+        let value = finish(function, &name, value, device)?;
+        Ok((name, value))
+    });
+    Ok(Outputs::new(finished.collect::<Result<_, Error>>()?))
 }
 
 /// An output in the declared dtype and on the device it is wanted on.

@@ -43,6 +43,8 @@ pub enum Command {
     Verify(VerifyArgs),
     /// Print the plan that runs for the default shapes: steps, merged operations, memory, arithmetic.
     Explain(ExplainArgs),
+    /// Print which operation CoreML.framework runs on which device, and at what cost (Apple systems).
+    Plan(ExplainArgs),
     /// Continue a prompt; without BUNDLE with the demo model inside this program.
     Generate(GenerateArgs),
     /// Talk with a model; without BUNDLE with the demo model inside this program.
@@ -338,6 +340,7 @@ mod tests {
             "verify m.mlpackage --golden g.npz --record --random 1",
             "verify m.mlpackage --golden g.npz --atol 0.01 --rtol 0 --json",
             "explain m.mlpackage --function prefill",
+            "plan m.mlpackage --compute-units cpu-ne",
             "generate --prompt hi",
             "generate dir --prompt - --raw --max-tokens 3 --temperature 1 --top-k 4 --top-p 0.9 --min-p 0.1 --seed 7 --json",
             "chat",

@@ -18,16 +18,21 @@ const RANDOM_LIMIT: usize = 1 << 28;
 
 /// Opens the model the way the options say.
 pub fn open(model: &Path, function: Option<&str>, engine: &EngineArgs) -> Result<CoreMLModel, Failure> {
+    Ok(builder(model, function, engine).load()?)
+}
+
+/// The way to open the model that the options say.
+pub fn builder(model: &Path, function: Option<&str>, engine: &EngineArgs) -> CoreMLModelBuilder {
     let options = engine.load_options();
-    let mut builder = CoreMLModelBuilder::new(model)
+    let builder = CoreMLModelBuilder::new(model)
         .engine(options.engine)
         .compute_units(options.compute_units)
         .numerics(options.numerics)
         .threads(options.threads);
-    if let Some(function) = function {
-        builder = builder.function(function);
+    match function {
+        Some(function) => builder.function(function),
+        None => builder,
     }
-    Ok(builder.load()?)
 }
 
 /// Reads what the command line names; with a seed, fills the inputs it does not name with random numbers.

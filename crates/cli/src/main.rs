@@ -14,6 +14,7 @@ mod model_facts;
 mod npy;
 mod ops;
 mod picture;
+mod plan;
 mod predict;
 mod terminal;
 mod trace;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         Command::Trace(args) => trace::run(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Explain(args) => explain::run(&args),
+        Command::Plan(args) => plan::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Chat(args) => chat::run(&args),
         Command::Bench(args) => bench::run(&args),

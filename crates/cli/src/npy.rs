@@ -5,9 +5,10 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use half::f16;
-use npyz::npz::{NpzArchive, NpzWriter};
-use npyz::zip::result::ZipError;
 use npyz::{Deserialize, NpyFile, NpyWriter, Order, TypeChar, WriterBuilder};
+use zip::result::ZipError;
+use zip::write::{SimpleFileOptions, ZipWriter};
+use zip::{CompressionMethod, ZipArchive};
 
 use crate::failure::Failure;
 
@@ -24,13 +25,10 @@ pub fn read_npy(path: &Path) -> Result<Tensor, Failure> {
 
 /// Reads the array `name` of a `.npz` file.
 pub fn read_npz(path: &Path, name: &str) -> Result<Tensor, Failure> {
-    let mut archive = NpzArchive::open(path).map_err(|e| at(path, &e))?;
+    let mut archive = open(path)?;
     let has = names(&archive);
     let place = format!("{}:{name}", path.display());
-    match archive
-        .zip_archive()
-        .by_name(&npyz::npz::file_name_from_array_name(name))
-    {
+    match archive.by_name(&file_name(name)) {
         Ok(array) => tensor(array, &place),
         Err(ZipError::FileNotFound) => Err(Failure::new(format!(
             "{}: no array `{name}`; it has {}",
@@ -43,7 +41,7 @@ pub fn read_npz(path: &Path, name: &str) -> Result<Tensor, Failure> {
 
 /// Reads all arrays of a `.npz` file.
 pub fn read_all(path: &Path) -> Result<Vec<(String, Tensor)>, Failure> {
-    let archive = NpzArchive::open(path).map_err(|e| at(path, &e))?;
+    let archive = open(path)?;
     names(&archive)
         .into_iter()
         .map(|name| Ok((name.clone(), read_npz(path, &name)?)))
@@ -81,15 +79,31 @@ pub fn write_npy(path: &Path, tensor: &Tensor) -> Result<(), Failure> {
 /// Writes all tensors into one `.npz` file.
 pub fn write_npz(path: &Path, tensors: &[(String, Tensor)]) -> Result<(), Failure> {
     let file = io::BufWriter::new(std::fs::File::create(path).map_err(|e| at(path, &e))?);
-    let mut archive = NpzWriter::new(file);
+    let mut archive = ZipWriter::new(file);
+    // Stored, as numpy's `savez` does; more than 4 GiB need the larger headers.
+    let stored = SimpleFileOptions::default()
+        .compression_method(CompressionMethod::Stored)
+        .large_file(true);
     for (name, tensor) in tensors {
+        archive.start_file(file_name(name), stored)?;
         let shape = sizes(tensor);
         typed!(tensor, T => {
-            let array = archive.array::<T>(name, Default::default())?;
-            put(array.default_dtype().shape(&shape).begin_nd()?, tensor)
+            let options = npyz::WriteOptions::<T>::new().default_dtype().shape(&shape);
+            put(options.writer(&mut archive).begin_nd()?, tensor)
         })?;
     }
+    archive.finish()?;
     Ok(())
+}
+
+/// The place of an array in a `.npz` file.
+fn file_name(array: &str) -> String {
+    format!("{array}.npy")
+}
+
+fn open(path: &Path) -> Result<ZipArchive<io::BufReader<std::fs::File>>, Failure> {
+    let file = std::fs::File::open(path).map_err(|e| at(path, &e))?;
+    ZipArchive::new(io::BufReader::new(file)).map_err(|e| Failure::new(format!("{}: {e}", path.display())))
 }
 
 fn put<T, W>(mut file: NpyWriter<T, W>, tensor: &Tensor) -> Result<(), Failure>
@@ -101,8 +115,12 @@ where
     Ok(file.finish()?)
 }
 
-fn names<R: Read + Seek>(archive: &NpzArchive<R>) -> Vec<String> {
-    let mut names: Vec<String> = archive.array_names().map(str::to_owned).collect();
+fn names<R: Read + Seek>(archive: &ZipArchive<R>) -> Vec<String> {
+    let array = |name: Result<std::borrow::Cow<'_, str>, ZipError>| {
+        let name = name.ok()?;
+        name.strip_suffix(".npy").map(str::to_owned)
+    };
+    let mut names: Vec<String> = archive.file_names().filter_map(array).collect();
     names.sort();
     names
 }

@@ -389,3 +389,17 @@ fn explain_prints_the_steps_of_the_plan() {
     assert!(text.contains("function \"main\""), "{text}");
     assert!(text.contains("[1, 4]") && text.contains("Mflop"), "{text}");
 }
+
+#[cfg(not(target_vendor = "apple"))]
+#[test]
+fn plan_says_what_there_is_in_its_place_off_apple_systems() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = run(&["plan", &written_model(folder.path())]);
+    assert_eq!(out.status.code(), Some(1));
+    let words = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(
+        words.contains("CoreML.framework exists on Apple systems only")
+            && words.contains("candle-coreml explain"),
+        "{words}"
+    );
+}

@@ -21,7 +21,7 @@ mod wait;
 
 pub use compile::{compile, compiled, default_cache_folder, function_names};
 pub use devices::devices;
-pub use model::Model;
+pub use model::{Model, Outputs};
 pub use plan::compute_plan;
 pub use state::State;
 #[cfg(not(target_vendor = "apple"))]

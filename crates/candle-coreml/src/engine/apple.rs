@@ -26,8 +26,47 @@ struct AppleEngine {
 /// Core ML's buffers.
 struct AppleState(framework::State);
 
+/// The processors Core ML can use.
+pub(super) fn devices() -> Result<Vec<apple::plan::ComputeDevice>, Error> {
+    framework::devices(framework::system()).map_err(failed)
+}
+
+/// Core ML's plan for the function the options name.
+pub(super) fn plan(origin: &Origin, options: &Options) -> Result<apple::plan::ComputePlan, Error> {
+    let Opened {
+        compiled,
+        options,
+        description,
+        name,
+    } = compile(origin, options)?;
+    let options = apple::LoadOptions {
+        function: Some(name),
+        ..options
+    };
+    let functions = description.functions.len();
+    framework::compute_plan(&compiled, &options, functions, framework::system()).map_err(failed)
+}
+
+/// What a model is loaded from and with.
+struct Opened {
+    compiled: PathBuf,
+    options: apple::LoadOptions,
+    description: Description,
+    name: String,
+}
+
 /// Compiles the model where that is needed, and loads the function the options name.
 pub(super) fn open(origin: &Origin, options: &Options) -> Result<Arc<dyn Engine>, Error> {
+    let opened = compile(origin, options)?;
+    AppleEngine::load(
+        opened.compiled,
+        opened.options,
+        Arc::new(opened.description),
+        &opened.name,
+    )
+}
+
+fn compile(origin: &Origin, options: &Options) -> Result<Opened, Error> {
     let Origin::Path(path) = origin else {
         // Core ML reads files; a model in memory runs on the other engine unless this one was asked for.
         return Err(Error::EngineUnavailable {
@@ -59,9 +98,17 @@ pub(super) fn open(origin: &Origin, options: &Options) -> Result<Arc<dyn Engine>
             ComputeUnits::CpuAndGpu => apple::ComputeUnits::CpuAndGpu,
             ComputeUnits::CpuAndNeuralEngine => apple::ComputeUnits::CpuAndNeuralEngine,
         },
-        ..apple::LoadOptions::default()
+        function: None,
+        low_precision_accumulation: options.low_precision_accumulation,
+        reshape_frequency: options.reshape_frequency,
+        specialization: options.specialization,
     };
-    AppleEngine::load(compiled, options, Arc::new(description), &name)
+    Ok(Opened {
+        compiled,
+        options,
+        description,
+        name,
+    })
 }
 
 impl AppleEngine {
@@ -124,23 +171,54 @@ impl Engine for AppleEngine {
         inputs: &[Input<'_>],
         state: Option<&mut dyn EngineState>,
     ) -> Result<Vec<(String, Value)>, Error> {
-        let pictures: Vec<Option<apple::Picture>> = inputs.iter().map(|i| picture(&i.value)).collect();
-        let owners = owners(inputs);
-        let given: Vec<(&str, apple::Value<'_>)> = inputs
-            .iter()
-            .enumerate()
-            .map(|(i, input)| {
-                let (picture, owner) = (pictures[i].as_ref(), owners.get(i).and_then(Option::as_ref));
-                (input.name, value(&input.value, picture, owner))
-            })
-            .collect();
+        let held = Holding::of(inputs);
+        let given = held.values(inputs);
         let state = match state {
             Some(state) => Some(own(state)?),
             None => None,
         };
         let outputs = self.model.predict(&given, state).map_err(failed)?;
-        let outputs = outputs.into_iter().map(|(name, value)| Ok((name, owned(value)?)));
-        outputs.collect()
+        named(outputs)
+    }
+
+    fn predict_batch(&self, batch: &[Vec<Input<'_>>]) -> Result<Vec<Vec<(String, Value)>>, Error> {
+        let held: Vec<Holding> = batch.iter().map(|inputs| Holding::of(inputs)).collect();
+        let given: Vec<Vec<_>> = held
+            .iter()
+            .zip(batch)
+            .map(|(h, inputs)| h.values(inputs))
+            .collect();
+        let given: Vec<&[_]> = given.iter().map(Vec::as_slice).collect();
+        let outputs = self.model.predict_batch(&given).map_err(failed)?;
+        outputs.into_iter().map(named).collect()
+    }
+}
+
+fn named(outputs: framework::Outputs) -> Result<Vec<(String, Value)>, Error> {
+    let outputs = outputs.into_iter().map(|(name, value)| Ok((name, owned(value)?)));
+    outputs.collect()
+}
+
+/// What the inputs of a prediction refer to while it runs: pictures in Core ML's form, handles on large tensors.
+struct Holding {
+    pictures: Vec<Option<apple::Picture>>,
+    owners: Vec<Option<apple::Owner>>,
+}
+
+impl Holding {
+    fn of(inputs: &[Input<'_>]) -> Holding {
+        Holding {
+            pictures: inputs.iter().map(|i| picture(&i.value)).collect(),
+            owners: owners(inputs),
+        }
+    }
+
+    fn values<'a>(&'a self, inputs: &[Input<'a>]) -> Vec<(&'a str, apple::Value<'a>)> {
+        let value = |(i, input): (usize, &Input<'a>)| {
+            let owner = self.owners.get(i).and_then(Option::as_ref);
+            (input.name, value(&input.value, self.pictures[i].as_ref(), owner))
+        };
+        inputs.iter().enumerate().map(value).collect()
     }
 }
 

@@ -3,7 +3,7 @@
 //! Everything that can be decided without the engine is decided before it: names, shapes, dtypes, defaults, devices.
 //! An engine may rely on it: each input is one the function declares, at most once, in the declared order and dtype.
 
-#[cfg(any(all(target_vendor = "apple", feature = "framework"), feature = "gnustep"))]
+#[cfg(any(target_vendor = "apple", feature = "gnustep"))]
 mod apple;
 #[cfg(test)]
 pub(crate) mod fake;
@@ -14,6 +14,7 @@ use crate::error::Error;
 use crate::trace::TracedStep;
 use crate::value::Value;
 use candle_core::Tensor;
+use candle_coreml_apple::plan::{ComputeDevice, ComputePlan};
 use candle_coreml_mil::{Description, FunctionDescription, Model};
 use half::f16;
 use std::any::Any;
@@ -66,6 +67,11 @@ pub(crate) trait Engine: Send + Sync {
         inputs: &[Input<'_>],
         state: Option<&mut dyn EngineState>,
     ) -> Result<Vec<(String, Value)>, Error>;
+
+    /// Runs the function, which has no states, on each set of inputs.
+    fn predict_batch(&self, batch: &[Vec<Input<'_>>]) -> Result<Vec<Vec<(String, Value)>>, Error> {
+        batch.iter().map(|inputs| self.predict(inputs, None)).collect()
+    }
 
     /// As [`Engine::predict`], showing every value of the program on the way.
     fn trace(
@@ -134,10 +140,7 @@ pub(crate) struct Array<'a> {
     /// As many elements as the shape has, of the declared dtype.
     pub data: Data<'a>,
     /// The tensor whose memory this is; none for converted elements.
-    #[cfg_attr(
-        not(any(all(target_vendor = "apple", feature = "framework"), feature = "gnustep")),
-        allow(dead_code)
-    )]
+    #[cfg_attr(not(any(target_vendor = "apple", feature = "gnustep")), allow(dead_code))]
     pub tensor: Option<&'a Tensor>,
 }
 
@@ -161,20 +164,37 @@ pub(crate) fn open(origin: &Origin, options: &Options) -> Result<Arc<dyn Engine>
     )
 }
 
-#[cfg(any(all(target_vendor = "apple", feature = "framework"), feature = "gnustep"))]
+#[cfg(any(target_vendor = "apple", feature = "gnustep"))]
 use apple::open as open_apple;
 
-#[cfg(not(any(all(target_vendor = "apple", feature = "framework"), feature = "gnustep")))]
+#[cfg(not(any(target_vendor = "apple", feature = "gnustep")))]
 fn open_apple(_origin: &Origin, _options: &Options) -> Result<Arc<dyn Engine>, Error> {
-    let reason = if cfg!(target_vendor = "apple") {
-        "this build is without the feature \"framework\"; the portable engine runs here"
-    } else {
-        "CoreML.framework exists on Apple systems only; the portable engine runs here"
-    };
-    Err(Error::EngineUnavailable {
+    Err(not_apple())
+}
+
+/// Why the Apple engine is not there.
+#[cfg(not(any(target_vendor = "apple", feature = "gnustep")))]
+fn not_apple() -> Error {
+    Error::EngineUnavailable {
         engine: EngineKind::Apple,
-        reason: reason.to_string(),
-    })
+        reason: "CoreML.framework exists on Apple systems only; the portable engine runs here".to_string(),
+    }
+}
+
+/// The processors that CoreML.framework can use.
+pub(crate) fn compute_devices() -> Result<Vec<ComputeDevice>, Error> {
+    #[cfg(any(target_vendor = "apple", feature = "gnustep"))]
+    return apple::devices();
+    #[cfg(not(any(target_vendor = "apple", feature = "gnustep")))]
+    Err(not_apple())
+}
+
+/// CoreML.framework's plan of what runs where.
+pub(crate) fn compute_plan(_origin: &Origin, _options: &Options) -> Result<ComputePlan, Error> {
+    #[cfg(any(target_vendor = "apple", feature = "gnustep"))]
+    return apple::plan(_origin, _options);
+    #[cfg(not(any(target_vendor = "apple", feature = "gnustep")))]
+    Err(not_apple())
 }
 
 fn open_portable(origin: &Origin, options: &Options) -> Result<Arc<dyn Engine>, Error> {
