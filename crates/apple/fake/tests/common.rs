@@ -62,3 +62,9 @@ pub fn resident_bytes() -> usize {
     let text = std::fs::read_to_string("/proc/self/statm").unwrap();
     4096 * text.split(' ').nth(1).unwrap().parse::<usize>().unwrap()
 }
+
+/// Compiled models of a test go to a folder of its own.
+pub fn own_caches(folder: &Folder) {
+    // SAFETY: Tests of a file hold one lock, and nothing else reads the environment meanwhile.
+    unsafe { std::env::set_var("HOME", &folder.0) };
+}

@@ -5,7 +5,7 @@ mod common;
 use candle_core::{DType, Device, Tensor};
 use candle_coreml::{CoreMLModel, CoreMLModelBuilder, CoreMLState, EngineKind};
 use candle_coreml_apple_fake::Behaviour;
-use common::{Folder, start};
+use common::{Folder, own_caches, start};
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -90,12 +90,6 @@ impl Demo {
         }
         tokens
     }
-}
-
-/// Compiled models of this test go to a folder of its own.
-fn own_caches(folder: &Folder) {
-    // SAFETY: Tests of this file hold one lock, and nothing else reads the environment meanwhile.
-    unsafe { std::env::set_var("HOME", &folder.0) };
 }
 
 #[test]
