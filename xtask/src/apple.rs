@@ -81,34 +81,99 @@ pub fn fake(arguments: &[String]) -> Result<()> {
     run(&mut cargo)
 }
 
-/// `apple-report`: for the owner of a Mac; see docs/apple.md.
+/// `apple-report`: for the owner of a Mac; see docs/apple.md. Everything runs, whatever fails; the failures are told at the
+/// end.
 pub fn report(arguments: &[String]) -> Result<()> {
     if !cfg!(target_vendor = "apple") {
         return Err("this runs on a Mac; elsewhere there is `cargo xtask apple-fake`".to_string());
     }
-    let model = arguments
-        .first()
-        .ok_or("the model to run is missing: a .mlpackage, .mlmodel or .mlmodelc")?;
-    for (program, given) in [
-        ("sw_vers", &[][..]),
-        ("sysctl", &["-n", "machdep.cpu.brand_string"][..]),
-        ("rustc", &["-V"][..]),
-    ] {
-        run(Command::new(program).args(given))?;
+    let demo = [
+        "generate",
+        "--prompt",
+        "Tell me a story about a brave mouse.",
+        "--max-tokens",
+        "40",
+    ];
+    let engine = |name: &'static str| [&demo[..], &["--engine", name]].concat();
+    let command_line = |rest: &[&str]| -> Vec<String> {
+        let words = [
+            "run",
+            "--release",
+            "--locked",
+            "--package",
+            "candle-coreml-cli",
+            "--",
+        ];
+        words.iter().chain(rest).map(ToString::to_string).collect()
+    };
+    let words = |line: &[&str]| line.iter().map(ToString::to_string).collect::<Vec<_>>();
+    let mut steps = vec![
+        ("system", "sw_vers", vec![]),
+        ("processor", "sysctl", words(&["-n", "machdep.cpu.brand_string"])),
+        ("compiler", "rustc", words(&["-V"])),
+        (
+            "tests",
+            env!("CARGO"),
+            words(&[
+                "test",
+                "--locked",
+                "-p",
+                "candle-coreml-apple",
+                "-p",
+                "candle-coreml",
+                "-p",
+                "candle-coreml-llm",
+            ]),
+        ),
+        (
+            "golden cases on both engines",
+            env!("CARGO"),
+            words(&[
+                "run",
+                "--release",
+                "--locked",
+                "-p",
+                "candle-coreml",
+                "--example",
+                "compare_engines",
+            ]),
+        ),
+        (
+            "demo model, Core ML",
+            env!("CARGO"),
+            command_line(&engine("apple")),
+        ),
+        (
+            "demo model, portable",
+            env!("CARGO"),
+            command_line(&engine("portable")),
+        ),
+        (
+            "speed, Core ML",
+            env!("CARGO"),
+            command_line(&["bench", "--engine", "apple"]),
+        ),
+        (
+            "speed, portable",
+            env!("CARGO"),
+            command_line(&["bench", "--engine", "portable"]),
+        ),
+    ];
+    if let Some(model) = arguments.first() {
+        steps.push(("plan", env!("CARGO"), command_line(&["plan", model.as_str()])));
     }
-    let mut cargo = Command::new(env!("CARGO"));
-    run(cargo.args(["test", "-p", "candle-coreml-apple", "-p", "candle-coreml"]))?;
-    let mut cargo = Command::new(env!("CARGO"));
-    run(cargo.args([
-        "run",
-        "--release",
-        "-p",
-        "candle-coreml",
-        "--example",
-        "predict",
-        "--",
-        model.as_str(),
-    ]))
+    let mut failed = Vec::new();
+    for (name, program, arguments) in &steps {
+        println!("\n== {name}");
+        if let Err(error) = run(Command::new(program).current_dir(root()).args(arguments)) {
+            println!("failed: {error}");
+            failed.push(*name);
+        }
+    }
+    if failed.is_empty() {
+        return Ok(());
+    }
+    Err(format!("failed: {}", failed.join(", ")))
 }
 
 fn root() -> &'static Path {

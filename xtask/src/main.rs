@@ -1,6 +1,7 @@
 //! Chores of this workspace: `cargo xtask COMMAND`.
 
 mod apple;
+mod chores;
 mod ops;
 
 use std::process::ExitCode;
@@ -14,6 +15,11 @@ fn main() -> ExitCode {
         (Some("apple-check"), rest) => apple::check(rest),
         (Some("apple-fake"), rest) => apple::fake(rest),
         (Some("apple-report"), rest) => apple::report(rest),
+        (Some("lints"), []) => chores::lints(),
+        (Some("docs"), []) => chores::docs(),
+        (Some("workflows"), []) => chores::workflows(),
+        (Some("package"), [target]) => chores::package(target),
+        (Some("publish"), rest) => chores::publish(rest),
         _ => Err(USAGE.to_string()),
     };
     match done {
@@ -29,4 +35,9 @@ const USAGE: &str = "cargo xtask COMMAND
   ops [--check]                          write (or check) the table of operators
   apple-check [--quick] [--no-install]   check, clippy and build for Apple systems from Linux; then apple-fake
   apple-fake [CARGO ARGUMENTS]           the Apple engine against stand-in classes on GNUstep (default: test)
-  apple-report MODEL                     on a Mac: run everything, print a report";
+  apple-report [MODEL]                   on a Mac: tests, golden cases and the demo model on the real framework
+  lints                                  formatting, clippy, the table of operators
+  docs                                   documentation, warnings denied
+  workflows                              lint .github/workflows with actionlint
+  package TARGET                         the command line for a target as an archive in target/package
+  publish [--dry-run]                    all crates in order";

@@ -17,6 +17,8 @@ pub(crate) struct Affine {
     pub col_block: usize,
     pub col_blocks: usize,
     /// Base-2 logarithm of the columns of a block, where this processor has a kernel in fixed point for the layout.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    // the vector kernels of x86 alone ask for it
     pub block_shift: Option<u32>,
 }
 

