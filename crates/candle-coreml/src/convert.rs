@@ -11,6 +11,7 @@
 use crate::allowed;
 use crate::engine::{Array, Data};
 use crate::error::{Error, FeatureRole};
+use crate::value::{ArrayView, Elements};
 use candle_core::{CpuStorage, DType, Device, DeviceLocation, Storage, StorageRef, Tensor, WithDType};
 use candle_coreml_mil::{ArrayDescription, DType as Declared};
 use half::f16;
@@ -43,6 +44,8 @@ pub(crate) struct Prepared<'a> {
 enum Held<'a> {
     /// A tensor that can be read where it is.
     Tensor(Cow<'a, Tensor>),
+    /// A caller's memory that can be read where it is.
+    Borrowed(Data<'a>),
     F16(Vec<f16>),
     F32(Vec<f32>),
     F64(Vec<f64>),
@@ -53,11 +56,11 @@ enum Held<'a> {
 /// The elements of a [`Prepared`], readable as long as this lives.
 pub(crate) struct Locked<'p> {
     shape: &'p [usize],
-    elements: Elements<'p>,
+    elements: Readable<'p>,
     tensor: Option<&'p Tensor>,
 }
 
-enum Elements<'p> {
+enum Readable<'p> {
     Storage(StorageRef<'p>, Range<usize>),
     Slice(Data<'p>),
 }
@@ -104,6 +107,34 @@ pub(crate) fn prepare<'a>(target: Target<'_>, tensor: &'a Tensor) -> Result<Prep
     })
 }
 
+/// Checks the shape of `view` and converts the elements where their type is not the declared one.
+pub(crate) fn prepare_view<'a>(target: Target<'_>, view: ArrayView<'a>) -> Result<Prepared<'a>, Error> {
+    let array = target.array;
+    if !allowed::allows(&array.shape, &array.flexibility, view.shape) {
+        return Err(target.wrong_shape(view.shape));
+    }
+    let held = match (view.elements, array.dtype) {
+        (Elements::F16(v), Declared::Fp16) => Held::Borrowed(Data::F16(v)),
+        (Elements::F32(v), Declared::Fp32) => Held::Borrowed(Data::F32(v)),
+        (Elements::F64(v), Declared::Fp64) => Held::Borrowed(Data::F64(v)),
+        (Elements::I32(v), Declared::Int32) => Held::Borrowed(Data::I32(v)),
+        (Elements::F32(v), Declared::Fp16) => Held::F16(narrowed(v)),
+        (Elements::F16(v), Declared::Fp32) => Held::F32(widened(v)),
+        (Elements::U8(v), _) => convert(target, v)?,
+        (Elements::U32(v), _) => convert(target, v)?,
+        (Elements::I16(v), _) => convert(target, v)?,
+        (Elements::I32(v), _) => convert(target, v)?,
+        (Elements::I64(v), _) => convert(target, v)?,
+        (Elements::F16(v), _) => convert(target, v)?,
+        (Elements::F32(v), _) => convert(target, v)?,
+        (Elements::F64(v), _) => convert(target, v)?,
+    };
+    Ok(Prepared {
+        shape: Cow::Borrowed(view.shape),
+        held,
+    })
+}
+
 /// Refuses tensors that no engine can read.
 pub(crate) fn check_device(what: FeatureRole, name: &str, location: DeviceLocation) -> Result<(), Error> {
     match location {
@@ -127,7 +158,7 @@ pub(crate) fn filled<'a>(target: Target<'a>, value: f64) -> Result<Option<Prepar
         return Err(target.wrong_shape(shape));
     };
     let held = match convert(target, &[value])? {
-        Held::Tensor(t) => Held::Tensor(t),
+        held @ (Held::Tensor(_) | Held::Borrowed(_)) => held,
         Held::F16(v) => Held::F16(v.repeat(count)),
         Held::F32(v) => Held::F32(v.repeat(count)),
         Held::F64(v) => Held::F64(v.repeat(count)),
@@ -165,13 +196,14 @@ impl Prepared<'_> {
         let elements = match &self.held {
             Held::Tensor(tensor) => {
                 let (storage, layout) = tensor.storage_and_layout();
-                Elements::Storage(storage, offsets(layout)?)
+                Readable::Storage(storage, offsets(layout)?)
             }
-            Held::F16(v) => Elements::Slice(Data::F16(v)),
-            Held::F32(v) => Elements::Slice(Data::F32(v)),
-            Held::F64(v) => Elements::Slice(Data::F64(v)),
-            Held::I32(v) => Elements::Slice(Data::I32(v)),
-            Held::I8(v) => Elements::Slice(Data::I8(v)),
+            Held::Borrowed(data) => Readable::Slice(*data),
+            Held::F16(v) => Readable::Slice(Data::F16(v)),
+            Held::F32(v) => Readable::Slice(Data::F32(v)),
+            Held::F64(v) => Readable::Slice(Data::F64(v)),
+            Held::I32(v) => Readable::Slice(Data::I32(v)),
+            Held::I8(v) => Readable::Slice(Data::I8(v)),
         };
         let tensor = match &self.held {
             Held::Tensor(tensor) => Some(&**tensor),
@@ -188,8 +220,8 @@ impl Prepared<'_> {
 impl Locked<'_> {
     pub(crate) fn array(&self) -> Array<'_> {
         let data = match &self.elements {
-            Elements::Slice(data) => *data,
-            Elements::Storage(storage, range) => {
+            Readable::Slice(data) => *data,
+            Readable::Storage(storage, range) => {
                 let range = range.clone();
                 match &**storage {
                     Storage::Cpu(CpuStorage::F16(v)) => Data::F16(&v[range]),
@@ -262,16 +294,8 @@ fn convert_storage(
     use CpuStorage as S;
     match (storage, target.array.dtype) {
         // The two conversions that every fp16 model fed with f32 needs have vector instructions.
-        (S::F32(v), Declared::Fp16) => {
-            let mut out = vec![f16::ZERO; range.len()];
-            out.convert_from_f32_slice(&v[range]);
-            Ok(Held::F16(out))
-        }
-        (S::F16(v), Declared::Fp32) => {
-            let mut out = vec![0f32; range.len()];
-            v[range].convert_to_f32_slice(&mut out);
-            Ok(Held::F32(out))
-        }
+        (S::F32(v), Declared::Fp16) => Ok(Held::F16(narrowed(&v[range]))),
+        (S::F16(v), Declared::Fp32) => Ok(Held::F32(widened(&v[range]))),
         (S::U8(v), _) => convert(target, &v[range]),
         (S::U32(v), _) => convert(target, &v[range]),
         (S::I16(v), _) => convert(target, &v[range]),
@@ -283,6 +307,18 @@ fn convert_storage(
         (S::F64(v), _) => convert(target, &v[range]),
         (other, _) => Err(target.wrong_dtype(candle_core::backend::BackendStorage::dtype(other))),
     }
+}
+
+fn narrowed(source: &[f32]) -> Vec<f16> {
+    let mut out = vec![f16::ZERO; source.len()];
+    out.convert_from_f32_slice(source);
+    out
+}
+
+fn widened(source: &[f16]) -> Vec<f32> {
+    let mut out = vec![0f32; source.len()];
+    source.convert_to_f32_slice(&mut out);
+    out
 }
 
 fn convert<T: WithDType>(target: Target<'_>, source: &[T]) -> Result<Held<'static>, Error> {

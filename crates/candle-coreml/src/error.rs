@@ -166,6 +166,15 @@ pub enum Error {
         allowed: String,
     },
 
+    /// Elements that do not fill their shape.
+    #[error("{found} elements were given for the shape {shape:?}")]
+    ElementCount {
+        /// The shape that was given.
+        shape: Vec<usize>,
+        /// How many elements there are.
+        found: usize,
+    },
+
     /// There is no output of that name.
     #[error("no output {name:?}; the outputs are: {}", quoted(allowed))]
     UnknownOutput {

@@ -3,42 +3,16 @@
 use crate::allowed;
 use crate::convert::{self, Prepared, Target};
 use crate::error::{Error, FeatureRole};
-use crate::value::{Dictionary, Image, Pixels, Sequence, Value};
+use crate::value::{Dictionary, Given, Image, Pixels, Sequence, Value};
 use candle_core::{DType, Device, Tensor};
 use candle_coreml_mil::{ColorSpace, Feature, FeatureType, FunctionDescription, ImageDescription};
 use std::borrow::Cow;
-
-/// What a caller gave for an input.
-#[derive(Clone, Copy)]
-pub(crate) enum Given<'a> {
-    Tensor(&'a Tensor),
-    Value(&'a Value),
-}
 
 /// An input an engine can take.
 pub(crate) enum Ready<'a> {
     Array(Prepared<'a>),
     /// Of the declared kind, never a tensor.
     Value(Cow<'a, Value>),
-}
-
-impl<'a> Given<'a> {
-    fn tensor(self) -> Option<&'a Tensor> {
-        match self {
-            Given::Tensor(tensor) => Some(tensor),
-            Given::Value(value) => value.as_tensor(),
-        }
-    }
-
-    fn describe(self) -> String {
-        match self {
-            Given::Tensor(t) | Given::Value(Value::Tensor(t)) => {
-                format!("a {} tensor of shape {:?}", t.dtype().as_str(), t.dims())
-            }
-            Given::Value(Value::Image(image)) => image.describe(),
-            Given::Value(value) => value.kind().to_string(),
-        }
-    }
 }
 
 /// Checks names, kinds, shapes, devices and elements; gives the inputs in the declared order. An optional input that was
@@ -119,7 +93,6 @@ fn default(feature: &Feature) -> Result<Option<Ready<'_>>, Error> {
 
 fn ready_one<'a>(feature: &Feature, given: Given<'a>) -> Result<Ready<'a>, Error> {
     let borrowed = |value: &'a Value| Ready::Value(Cow::Borrowed(value));
-    let owned = |value: Value| Ready::Value(Cow::Owned(value));
     if let Some(tensor) = given.tensor() {
         return match &feature.ty {
             FeatureType::MultiArray(array) => {
@@ -130,14 +103,25 @@ fn ready_one<'a>(feature: &Feature, given: Given<'a>) -> Result<Ready<'a>, Error
                 };
                 convert::prepare(target, tensor).map(Ready::Array)
             }
-            FeatureType::Image(image) => picture(feature, image, tensor).map(owned),
-            FeatureType::Int64 => integer(feature, tensor).map(owned),
-            FeatureType::Double => double(feature, tensor).map(owned),
-            _ => Err(wrong_kind(feature, given)),
+            _ => of_tensor(feature, tensor).unwrap_or_else(|| Err(wrong_kind(feature, given))),
         };
     }
-    let Given::Value(value) = given else {
-        return Err(wrong_kind(feature, given));
+    let value = match given {
+        Given::Array(view) => {
+            if let FeatureType::MultiArray(array) = &feature.ty {
+                let target = Target {
+                    role: FeatureRole::Input,
+                    name: &feature.name,
+                    array,
+                };
+                return convert::prepare_view(target, view).map(Ready::Array);
+            }
+            // One element, or a picture: as a tensor they are small, or unpacked in any case.
+            let tensor = view.to_tensor()?;
+            return of_tensor(feature, &tensor).unwrap_or_else(|| Err(wrong_kind(feature, given)));
+        }
+        Given::Value(value) => value,
+        Given::Tensor(_) => return Err(wrong_kind(feature, given)),
     };
     match (&feature.ty, value) {
         (FeatureType::Image(description), Value::Image(image)) => {
@@ -163,6 +147,17 @@ fn ready_one<'a>(feature: &Feature, given: Given<'a>) -> Result<Ready<'a>, Error
         ) => Ok(borrowed(value)),
         _ => Err(wrong_kind(feature, given)),
     }
+}
+
+/// A tensor for a feature that is not a multi-array; none where no tensor is allowed.
+fn of_tensor<'a>(feature: &Feature, tensor: &Tensor) -> Option<Result<Ready<'a>, Error>> {
+    let value = match &feature.ty {
+        FeatureType::Image(image) => picture(feature, image, tensor),
+        FeatureType::Int64 => integer(feature, tensor),
+        FeatureType::Double => double(feature, tensor),
+        _ => return None,
+    };
+    Some(value.map(|value| Ready::Value(Cow::Owned(value))))
 }
 
 fn wrong_kind(feature: &Feature, given: Given<'_>) -> Error {
@@ -297,6 +292,47 @@ mod tests {
         };
         let scale = scale.lock().unwrap().array().to_tensor().unwrap();
         assert_eq!(scale.to_vec1::<f32>().unwrap(), [3.0, 3.0]);
+    }
+
+    #[test]
+    fn arrays_outside_candle_are_read_in_place_or_converted_as_tensors_are() {
+        use crate::value::{ArrayView, Elements};
+        let f = function();
+        let memory = [1.0f32, 2.0];
+        let one = |shape, elements| Given::Array(ArrayView::new(shape, elements).unwrap());
+        let inputs = ready(&f, &[("x", one(&[1, 2], Elements::F32(&memory)))]).unwrap();
+        let Ready::Array(x) = &inputs[0].1 else {
+            panic!("not an array")
+        };
+        assert_eq!(x.lock().unwrap().array().address(), memory.as_ptr().addr());
+        let wide = [1.0f64, 2.5];
+        let count = ("count", one(&[1], Elements::I64(&[7])));
+        let picture = ("picture", one(&[2, 4, 3], Elements::U8(&[9; 24])));
+        let inputs = ready(&f, &[("x", one(&[1, 2], Elements::F64(&wide))), count, picture]).unwrap();
+        let Ready::Array(x) = &inputs[0].1 else {
+            panic!("not an array")
+        };
+        let x = x.lock().unwrap().array().to_tensor().unwrap();
+        assert_eq!(x.to_vec2::<f32>().unwrap(), [[1.0, 2.5]]);
+        assert!(matches!(&inputs[2].1, Ready::Value(v) if matches!(**v, Value::Image(_))));
+        assert!(matches!(&inputs[3].1, Ready::Value(v) if matches!(**v, Value::Int64(7))));
+        let words = ready(&f, &[("x", one(&[2], Elements::F32(&memory)))])
+            .err()
+            .unwrap()
+            .to_string();
+        assert_eq!(words, r#"input "x": shape [2] is not allowed; allowed: [1, 2]"#);
+        let label = ready(
+            &f,
+            &[
+                ("x", one(&[1, 2], Elements::F32(&memory))),
+                ("label", one(&[1], Elements::U8(&[1]))),
+            ],
+        );
+        let words = label.err().unwrap().to_string();
+        assert_eq!(
+            words,
+            r#"input "label": a u8 array of shape [1] was given; allowed: a string"#
+        );
     }
 
     #[test]

@@ -47,4 +47,4 @@ pub use model::CoreMLModel;
 pub use outputs::Outputs;
 pub use state::CoreMLState;
 pub use trace::TracedStep;
-pub use value::{Dictionary, Image, Pixels, Sequence, Value};
+pub use value::{ArrayView, Dictionary, Elements, Given, Image, Pixels, Sequence, Value};

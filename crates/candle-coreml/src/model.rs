@@ -5,11 +5,11 @@ use crate::config::Config;
 use crate::convert;
 use crate::engine::{Engine, EngineKind, EngineState, Input, InputValue};
 use crate::error::{Error, quoted};
-use crate::inputs::{self, Given, Ready};
+use crate::inputs::{self, Ready};
 use crate::outputs::Outputs;
 use crate::state::CoreMLState;
 use crate::trace::TracedStep;
-use crate::value::Value;
+use crate::value::{Given, Value};
 use candle_core::{Device, Module, Tensor};
 use candle_coreml_mil::{Description, Feature, FeatureType, FunctionDescription, Metadata};
 use std::borrow::Cow;
@@ -233,6 +233,27 @@ impl CoreMLModel {
         state: &mut CoreMLState,
     ) -> Result<Outputs, Error> {
         self.run(&values(inputs), Some(state))
+    }
+
+    /// Runs the function on tensors, values and arrays in memory that is not Candle's, with a state where it has one.
+    ///
+    /// # Errors
+    /// Those of [`predict`](Self::predict), and of [`predict_with_state`](Self::predict_with_state).
+    ///
+    /// ```no_run
+    /// use candle_coreml::{ArrayView, CoreMLModel, Elements, Given};
+    /// let model = CoreMLModel::load("model.mlpackage")?;
+    /// let samples = [0f32; 512];
+    /// let audio = ArrayView::new(&[1, 512], Elements::F32(&samples))?;
+    /// let outputs = model.predict_given(&[("audio", Given::Array(audio))], None)?;
+    /// # Ok::<(), candle_coreml::Error>(())
+    /// ```
+    pub fn predict_given(
+        &self,
+        inputs: &[(&str, Given<'_>)],
+        state: Option<&mut CoreMLState>,
+    ) -> Result<Outputs, Error> {
+        self.run(inputs, state)
     }
 
     /// Runs the function as [`predict_values`](Self::predict_values) does and shows every value the program computes on

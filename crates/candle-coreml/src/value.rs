@@ -25,6 +25,39 @@ pub enum Value {
     Sequence(Sequence),
 }
 
+/// What a caller gives for an input, borrowed for the time of the call.
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub enum Given<'a> {
+    /// A tensor, on the CPU or on Metal.
+    Tensor(&'a Tensor),
+    /// A value of any kind.
+    Value(&'a Value),
+    /// Elements in memory that is not Candle's.
+    Array(ArrayView<'a>),
+}
+
+/// A multi-array in memory that is not Candle's, for instance numpy's: row-major, without gaps.
+#[derive(Debug, Clone, Copy)]
+pub struct ArrayView<'a> {
+    pub(crate) shape: &'a [usize],
+    pub(crate) elements: Elements<'a>,
+}
+
+/// The elements of an [`ArrayView`].
+#[derive(Debug, Clone, Copy)]
+#[allow(missing_docs)]
+pub enum Elements<'a> {
+    U8(&'a [u8]),
+    U32(&'a [u32]),
+    I16(&'a [i16]),
+    I32(&'a [i32]),
+    I64(&'a [i64]),
+    F16(&'a [f16]),
+    F32(&'a [f32]),
+    F64(&'a [f64]),
+}
+
 /// A number for each label.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Dictionary {
@@ -62,6 +95,94 @@ pub enum Pixels {
     GrayF16(Vec<f16>),
     /// Three bytes a pixel: red, green, blue.
     Rgb(Vec<u8>),
+}
+
+impl<'a> ArrayView<'a> {
+    /// Elements of the type the model declares are read where they are; others are converted as those of tensors.
+    ///
+    /// # Errors
+    /// [`Error::ElementCount`] when there are not as many elements as the shape has.
+    ///
+    /// ```
+    /// use candle_coreml::{ArrayView, Elements};
+    /// assert!(ArrayView::new(&[2, 2], Elements::F32(&[1.0, 2.0, 3.0, 4.0])).is_ok());
+    /// assert!(ArrayView::new(&[2, 2], Elements::F32(&[1.0])).is_err());
+    /// ```
+    pub fn new(shape: &'a [usize], elements: Elements<'a>) -> Result<Self, Error> {
+        let count = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
+        if count != Some(elements.len()) {
+            return Err(Error::ElementCount {
+                shape: shape.to_vec(),
+                found: elements.len(),
+            });
+        }
+        Ok(ArrayView { shape, elements })
+    }
+
+    /// A tensor with a copy of the elements.
+    pub(crate) fn to_tensor(self) -> Result<Tensor, Error> {
+        let (shape, cpu) = (self.shape, &Device::Cpu);
+        Ok(match self.elements {
+            Elements::U8(v) => Tensor::from_slice(v, shape, cpu)?,
+            Elements::U32(v) => Tensor::from_slice(v, shape, cpu)?,
+            Elements::I16(v) => Tensor::from_slice(v, shape, cpu)?,
+            Elements::I32(v) => Tensor::from_slice(v, shape, cpu)?,
+            Elements::I64(v) => Tensor::from_slice(v, shape, cpu)?,
+            Elements::F16(v) => Tensor::from_slice(v, shape, cpu)?,
+            Elements::F32(v) => Tensor::from_slice(v, shape, cpu)?,
+            Elements::F64(v) => Tensor::from_slice(v, shape, cpu)?,
+        })
+    }
+}
+
+impl Elements<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Elements::U8(v) => v.len(),
+            Elements::U32(v) => v.len(),
+            Elements::I16(v) => v.len(),
+            Elements::I32(v) => v.len(),
+            Elements::I64(v) => v.len(),
+            Elements::F16(v) => v.len(),
+            Elements::F32(v) => v.len(),
+            Elements::F64(v) => v.len(),
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        match self {
+            Elements::U8(_) => "u8",
+            Elements::U32(_) => "u32",
+            Elements::I16(_) => "i16",
+            Elements::I32(_) => "i32",
+            Elements::I64(_) => "i64",
+            Elements::F16(_) => "f16",
+            Elements::F32(_) => "f32",
+            Elements::F64(_) => "f64",
+        }
+    }
+}
+
+impl<'a> Given<'a> {
+    pub(crate) fn tensor(self) -> Option<&'a Tensor> {
+        match self {
+            Given::Tensor(tensor) => Some(tensor),
+            Given::Value(value) => value.as_tensor(),
+            Given::Array(_) => None,
+        }
+    }
+
+    /// What it is, for messages.
+    pub(crate) fn describe(self) -> String {
+        match self {
+            Given::Tensor(t) | Given::Value(Value::Tensor(t)) => {
+                format!("a {} tensor of shape {:?}", t.dtype().as_str(), t.dims())
+            }
+            Given::Value(Value::Image(image)) => image.describe(),
+            Given::Value(value) => value.kind().to_string(),
+            Given::Array(a) => format!("a {} array of shape {:?}", a.elements.name(), a.shape),
+        }
+    }
 }
 
 impl Value {
