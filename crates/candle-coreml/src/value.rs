@@ -119,8 +119,11 @@ impl<'a> ArrayView<'a> {
         Ok(ArrayView { shape, elements })
     }
 
-    /// A tensor with a copy of the elements.
-    pub(crate) fn to_tensor(self) -> Result<Tensor, Error> {
+    /// A tensor with a copy of the elements, on the CPU.
+    ///
+    /// # Errors
+    /// Only those of Candle.
+    pub fn to_tensor(self) -> Result<Tensor, Error> {
         let (shape, cpu) = (self.shape, &Device::Cpu);
         Ok(match self.elements {
             Elements::U8(v) => Tensor::from_slice(v, shape, cpu)?,

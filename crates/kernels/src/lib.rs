@@ -45,7 +45,7 @@ pub use matmul::{Operand, matmul_f32};
 pub use norm::*;
 pub use pool::Pool;
 pub use pooling::{Pooling, pool as pool_windows, pool_last};
-pub use recurrent::{Gate, Lstm, lstm};
+pub use recurrent::{Gate, Lstm, Walk, lstm};
 pub use reduce::{Reduce, arg_extreme, reduce, reduce_i32};
 pub use resize::{Beside, Sampler, Tap, resize, sample};
 pub use rope::rotate_half;

@@ -41,8 +41,31 @@ pub struct Lstm<'a> {
     pub clip: Option<f32>,
     /// Weights of the cell in the input, forget and output gate, H values each.
     pub peephole: Option<[&'a [f32]; 3]>,
-    /// Whether the sequence is walked from its end.
-    pub reverse: bool,
+    /// How the sequence is walked.
+    pub walk: Walk,
+}
+
+/// How a recurrent layer walks its sequence, and where its outputs go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Walk {
+    /// From the first step to the last.
+    Forward,
+    /// From the last step to the first; the first output is that of the last step.
+    Reverse,
+    /// From the last step to the first; outputs stand where their inputs are, as in the second half of a layer that goes
+    /// both ways.
+    Backward,
+}
+
+impl Walk {
+    /// Of `steps` steps: where the input of number `step` is, and where its output goes.
+    pub fn places(self, step: usize, steps: usize) -> (usize, usize) {
+        match self {
+            Walk::Forward => (step, step),
+            Walk::Reverse => (steps - 1 - step, step),
+            Walk::Backward => (steps - 1 - step, steps - 1 - step),
+        }
+    }
 }
 
 /// Runs `layer` over `x` `[T, B, I]` (steps, batch, input) from the state in `hidden` and `cell` (`[B, H]` dense),
@@ -73,7 +96,7 @@ pub fn lstm(
     let mut update = vec![0.0; batch * wide];
     let ys = [y.strides()[0], y.strides()[1], y.strides()[2]];
     for step in 0..steps {
-        let t = if layer.reverse { steps - 1 - step } else { step };
+        let (t, place) = layer.walk.places(step, steps);
         let shapes = ([batch, size], [batch, wide]);
         let strides = ([size as isize, 1], [wide as isize, 1]);
         let before = View::new(hidden, 0, &shapes.0, &strides.0).expect("a dense view of the state");
@@ -88,7 +111,7 @@ pub fn lstm(
             );
             layer.step(row, &update[b * wide..(b + 1) * wide], hidden, cell);
             for (i, value) in hidden.iter().enumerate() {
-                let at = t as isize * ys[0] + b as isize * ys[1] + i as isize * ys[2];
+                let at = place as isize * ys[0] + b as isize * ys[1] + i as isize * ys[2];
                 // SAFETY: inside the shape `[steps, batch, size]` of `y`, checked above.
                 unsafe { *y.ptr().wrapping_offset(at) = *value };
             }
@@ -173,7 +196,7 @@ mod tests {
             output: Unary::Tanh,
             clip: None,
             peephole: None,
-            reverse: false,
+            walk: Walk::Forward,
         };
         let (mut h, mut c, mut y) = ([0.0], [0.5], [0.0]);
         let x = View::new(&[2.0], 0, &[1, 1, 1], &[1, 1, 1]).unwrap();

@@ -138,6 +138,13 @@ impl Model {
         self.content_size_bytes
     }
 
+    /// The weight files by the paths the program has for them.
+    pub(crate) fn weight_files(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        self.weights
+            .iter()
+            .map(|(path, file)| (path.as_str(), file.bytes.as_ref()))
+    }
+
     /// The elements of a weight as they are in the file: row-major, little-endian, packed where smaller than a byte.
     ///
     /// No copy is made: the result keeps the file mapped.

@@ -1,5 +1,6 @@
 //! Writing packages: weights streamed to disk first, then the program that refers to them.
 
+mod compiled;
 mod interface;
 mod program;
 mod weights;

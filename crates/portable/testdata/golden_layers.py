@@ -151,9 +151,11 @@ ACTIVATIONS = {
 }
 
 
-def steps(x, reverse):
+def steps(x, walk):
+    """Where the input of each step is and where its output goes: coremltools' tests of the op have it so."""
     order = range(len(x))
-    return reversed(order) if reverse else order
+    walks = {"forward": zip(order, order), "reverse": zip(reversed(order), order), "back": [(n, n) for n in reversed(order)]}
+    return walks[walk]
 
 
 @family("recurrent")
@@ -162,9 +164,9 @@ def recurrent(f):
 
     def rnn(x, initial_h, weight_ih, weight_hh, bias=0, direction="forward", output_sequence=False, activation="tanh"):
         state, out = initial_h, np.zeros((len(x), *initial_h.shape))
-        for n in steps(x, direction == "reverse"):
+        for n, place in steps(x, direction):
             state = ACTIVATIONS[activation](x[n] @ weight_ih.T + state @ weight_hh.T + bias)
-            out[n] = state
+            out[place] = state
         return (out if output_sequence else state[None]), state
 
     def gru(
@@ -186,7 +188,7 @@ def recurrent(f):
         b_r, b_o, b_z = np.split(np.zeros(len(weight_ih)) if bias is None else bias, 3)
         c_r, c_o, c_z = np.split(np.zeros(len(weight_ih)) if input_bias is None else input_bias, 3)
         state, out = initial_h, np.zeros((len(x), *initial_h.shape))
-        for n in steps(x, direction == "reverse"):
+        for n, place in steps(x, direction):
             z = gate(x[n] @ w_z.T + state @ r_z.T + b_z + c_z)
             r = gate(x[n] @ w_r.T + state @ r_r.T + b_r + c_r)
             if reset_after:
@@ -194,16 +196,16 @@ def recurrent(f):
             else:
                 o = act(x[n] @ w_o.T + c_o + b_o + (r * state) @ r_o.T)
             state = (1 - z) * o + z * state
-            out[n] = state
+            out[place] = state
         return (out if output_sequence else state[None]), state
 
-    def lstm_one(x, hidden, cell, w, r, bias, peephole, reverse, gate, cell_act, act, clip):
+    def lstm_one(x, hidden, cell, w, r, bias, peephole, walk, gate, cell_act, act, clip):
         w_i, w_f, w_o, w_z = np.split(w, 4)
         r_i, r_f, r_o, r_z = np.split(r, 4)
         b_i, b_f, b_o, b_z = np.split(np.zeros(len(w)) if bias is None else bias, 4)
         p_i, p_f, p_o = np.split(np.zeros(3 * cell.shape[1]) if peephole is None else peephole, 3)
         out = np.zeros((len(x), *hidden.shape))
-        for n in steps(x, reverse):
+        for n, place in steps(x, walk):
             enter = gate(x[n] @ w_i.T + hidden @ r_i.T + b_i + p_i * cell)
             stay = gate(x[n] @ w_f.T + hidden @ r_f.T + b_f + p_f * cell)
             cell = stay * cell + enter * cell_act(x[n] @ w_z.T + hidden @ r_z.T + b_z)
@@ -211,7 +213,7 @@ def recurrent(f):
                 cell = np.clip(cell, -clip, clip)
             show = gate(x[n] @ w_o.T + hidden @ r_o.T + b_o + p_o * cell)
             hidden = show * act(cell)
-            out[n] = hidden
+            out[place] = hidden
         return out, hidden, cell
 
     def lstm(
@@ -235,9 +237,10 @@ def recurrent(f):
     ):
         acts = ACTIVATIONS[recurrent_activation], ACTIVATIONS[cell_activation], ACTIVATIONS[activation]
         size = weight_hh.shape[1]
-        parts = [(weight_ih, weight_hh, bias, peephole, direction == "reverse")]
+        walk = "forward" if direction == "bidirectional" else direction
+        parts = [(weight_ih, weight_hh, bias, peephole, walk)]
         if direction == "bidirectional":
-            parts.append((weight_ih_back, weight_hh_back, bias_back, peephole_back, True))
+            parts.append((weight_ih_back, weight_hh_back, bias_back, peephole_back, "back"))
         results = []
         for n, part in enumerate(parts):
             own = slice(n * size, (n + 1) * size)

@@ -182,3 +182,47 @@ def sparse_chains(f, mask, dense):
         f"data_mask = {at.text}, nonzero_data = {stored('int4', data).text}, scale = {stored('fp32', scale).text}",
         dense(mask, data) * scale,
     )
+    joint_chains(f, mask, dense)
+
+
+def joint_chains(f, mask, dense):
+    """Vectors at the set bits of a mask; tables that are quantized; entries of a table that are scaled afterwards."""
+    count = int(mask.sum())
+    rows, columns = mask.shape
+    wide = np.repeat(mask, 2, axis=0)
+    vectors, indices = f.normal(1, 1, 4, 2), f.integers(0, 4, count)
+    places = np.zeros(mask.shape, int)
+    places[mask != 0] = indices
+    full = np.moveaxis(vectors[0, 0][places], -1, 1).reshape(2 * rows, columns) * wide
+    pair = f"{tensor('uint1', wide.shape)} m, {tensor('fp32', (2 * count,))} v"
+    body = (
+        f"{pair} = constexpr_lut_to_sparse(indices_mask = {stored('uint1', mask).text}, "
+        f"indices_nonzero_data = {stored('uint2', indices).text}, lut = {stored('fp32', vectors).text}, "
+        f"vector_axis = {stored('int32', np.array(0)).text}); "
+        f"{tensor('fp32', wide.shape)} y = constexpr_sparse_to_dense(mask = m, nonzero_data = v);"
+    )
+    f.raw("constexpr_lut_to_sparse", body, [], [whole(full)], "vectors", "ios18")
+    table, scale = f.integers(-8, 8, 1, 1, 4, 1), f.uniform(0.5, 2, 1, 1, 1, 1)
+    indices = f.integers(0, 4, 3, 8)
+    body = (
+        f"{tensor('fp32', table.shape)} t = constexpr_blockwise_shift_scale(data = {stored('int4', table).text}, "
+        f"scale = {stored('fp32', scale).text}); "
+        f"{tensor('fp32', indices.shape)} y = constexpr_lut_to_dense(indices = {stored('uint2', indices).text}, lut = t);"
+    )
+    expected = (table * scale)[0, 0, indices, 0]
+    f.raw("constexpr_lut_to_dense", body, [], [whole(expected)], "a quantized table", "ios18")
+    scale, offset = f.uniform(0.5, 2, 3, 2), f.integers(-8, 8, 3, 2)
+    body = (
+        f"{tensor('int8', indices.shape)} d = constexpr_lut_to_dense(indices = {stored('uint2', indices).text}, "
+        f"lut = {stored('int8', table).text}); "
+        f"{tensor('fp32', indices.shape)} y = constexpr_blockwise_shift_scale(data = d, "
+        f"scale = {stored('fp32', scale).text}, offset = {stored('int8', offset).text});"
+    )
+    spread = np.repeat(scale, 4, axis=1), np.repeat(offset, 4, axis=1)
+    expected = (table[0, 0, indices, 0] - spread[1]) * spread[0]
+    f.raw("constexpr_blockwise_shift_scale", body, [], [whole(expected)], "entries of a table", "ios18")
+
+
+def whole(values):
+    """The output `y` with these values."""
+    return {"name": "y", "dtype": "fp32", "shape": list(values.shape), "data": [float(v) for v in values.ravel()]}

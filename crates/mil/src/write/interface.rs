@@ -25,7 +25,7 @@ pub(super) struct WireModel {
 }
 
 #[derive(Clone, PartialEq, Message)]
-struct WireDescription {
+pub(super) struct WireDescription {
     #[prost(message, repeated, tag = "1")]
     input: Vec<pb::FeatureDescription>,
     #[prost(message, repeated, tag = "10")]
@@ -58,8 +58,17 @@ struct WireMetadata {
     user_defined: BTreeMap<String, String>,
 }
 
-/// The message. A single function called `main` is described at the top level, as converters do.
+/// The message around a program.
 pub(super) fn model(d: &Description, program: wire::Program) -> WireModel {
+    WireModel {
+        specification_version: d.specification_version,
+        description: Some(description(d)),
+        program: Some(program),
+    }
+}
+
+/// A single function called `main` is described at the top level, as converters do.
+pub(super) fn description(d: &Description) -> WireDescription {
     let mut description = WireDescription {
         metadata: Some(metadata(&d.metadata)),
         ..WireDescription::default()
@@ -99,11 +108,7 @@ pub(super) fn model(d: &Description, program: wire::Program) -> WireModel {
             description.default_function_name = d.default_function.clone();
         }
     }
-    WireModel {
-        specification_version: d.specification_version,
-        description: Some(description),
-        program: Some(program),
-    }
+    description
 }
 
 fn metadata(m: &Metadata) -> WireMetadata {

@@ -12,6 +12,7 @@ use smallvec::smallvec;
 use std::sync::Arc;
 
 type Packed = (Bytes, DType, Vec<usize>);
+type Table = (Vec<f32>, Vec<usize>);
 
 fn packed(cx: &mut OpCx<'_, '_>, param: &str) -> OpResult<Packed> {
     cx.packed(param)?
@@ -31,6 +32,21 @@ fn floats((bytes, dtype, shape): &Packed) -> Vec<f32> {
     v
 }
 
+/// Numbers and shape of a parameter that may be written in the file or made by a constexpr operator before: scales and
+/// tables are compressed themselves in joint forms.
+fn numbers(cx: &mut OpCx<'_, '_>, param: &str) -> OpResult<Option<(Vec<f32>, Vec<usize>)>> {
+    if let Ok(found) = cx.packed(param) {
+        return Ok(found.map(|p| (floats(&p), p.2)));
+    }
+    let id = cx.value(param)?;
+    let shape = cx.shape(id).to_vec();
+    Ok(cx.floats(param)?.map(|v| (v, shape)))
+}
+
+fn needed(cx: &mut OpCx<'_, '_>, param: &str) -> OpResult<(Vec<f32>, Vec<usize>)> {
+    numbers(cx, param)?.ok_or_else(|| format!("parameter {param:?} is missing").into())
+}
+
 /// The type of the dense result as the file declares it.
 fn result_dtype(cx: &OpCx<'_, '_>) -> OpResult<DType> {
     cx.declared(0)
@@ -39,7 +55,7 @@ fn result_dtype(cx: &OpCx<'_, '_>) -> OpResult<DType> {
 }
 
 fn lower_lut_to_dense(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
-    let (indices, lut) = (packed(cx, "indices")?, packed(cx, "lut")?);
+    let (indices, lut) = (packed(cx, "indices")?, needed(cx, "lut")?);
     let dtype = result_dtype(cx)?;
     let (constant, shape) = match cx.ints("shape")? {
         Some(shape) => old_lut(indices, &lut, &shape)?,
@@ -53,14 +69,14 @@ fn lower_lut_to_dense(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
 }
 
 /// iOS16: one table, indices packed into bytes, the shape apart.
-fn old_lut(indices: Packed, lut: &Packed, shape: &[i32]) -> OpResult<(Lut, Shape)> {
+fn old_lut(indices: Packed, lut: &Table, shape: &[i32]) -> OpResult<(Lut, Shape)> {
     let shape = shape
         .iter()
         .map(|&d| usize::try_from(d))
         .collect::<Result<Shape, _>>();
     let shape = shape.map_err(|_| OpError::new("shape has a negative dimension"))?;
     let count = crate::layout::checked_elements(&shape).ok_or("shape is too large")?;
-    let table = floats(lut);
+    let table = lut.0.clone();
     let bits = table.len().trailing_zeros() as usize;
     if !table.len().is_power_of_two() || bits == 0 || bits > 8 {
         return Err(format!("a table of {} entries is not 2^n for n in 1..=8", table.len()).into());
@@ -89,18 +105,18 @@ fn old_lut(indices: Packed, lut: &Packed, shape: &[i32]) -> OpResult<(Lut, Shape
 }
 
 /// iOS18: `indices` of an unsigned type of n bits, `lut` of shape `[groups.., 2^n, vector]`.
-fn new_lut(indices: Packed, lut: &Packed, vector_axis: Option<i32>) -> OpResult<(Lut, Shape)> {
+fn new_lut(indices: Packed, lut: &Table, vector_axis: Option<i32>) -> OpResult<(Lut, Shape)> {
     let bits = indices
         .1
         .bits()
         .filter(|_| !indices.1.is_float())
         .ok_or("indices must be integers")?;
     let rank = indices.2.len();
-    let (Some((groups, [entries, vector])), true) = (lut.2.split_last_chunk::<2>(), lut.2.len() == rank + 2)
+    let (Some((groups, [entries, vector])), true) = (lut.1.split_last_chunk::<2>(), lut.1.len() == rank + 2)
     else {
         return Err(format!(
             "lut {:?} must have two dimensions more than indices {:?}",
-            lut.2, indices.2
+            lut.1, indices.2
         )
         .into());
     };
@@ -119,7 +135,7 @@ fn new_lut(indices: Packed, lut: &Packed, vector_axis: Option<i32>) -> OpResult<
         *d *= vector;
     }
     let groups: Shape = groups.into();
-    let table = floats(lut);
+    let table = lut.0.clone();
     Ok((
         Lut {
             bits,
@@ -149,8 +165,7 @@ fn check_groups(shape: &[usize], groups: &[usize]) -> OpResult<()> {
 
 fn lower_affine_dequantize(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
     let (data, dtype, shape) = packed(cx, "quantized_data")?;
-    let (scale, zero) = (packed(cx, "scale")?, packed(cx, "zero_point")?);
-    let (scale, zero) = (floats(&scale), floats(&zero));
+    let (scale, zero) = (needed(cx, "scale")?.0, needed(cx, "zero_point")?.0);
     let axis = cx.axis("axis", shape.len(), None)?;
     let n = scale.len().max(zero.len());
     if n != 1 && n != shape[axis]
@@ -182,30 +197,35 @@ fn lower_affine_dequantize(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
 }
 
 fn lower_blockwise_shift_scale(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
-    let (data, dtype, shape) = packed(cx, "data")?;
-    let scale = packed(cx, "scale")?;
-    check_groups(&shape, &scale.2)?;
-    let offset = cx
-        .packed("offset")?
-        .map(|o| if o.2 == scale.2 { Ok(floats(&o)) } else { Err(o.2) });
+    let (scale, groups) = needed(cx, "scale")?;
+    let offset = numbers(cx, "offset")?;
+    let offset = offset.map(|o| if o.1 == groups { Ok(o.0) } else { Err(o.1) });
     let offset = offset
         .transpose()
-        .map_err(|s| format!("offset {s:?} does not fit scale {:?}", scale.2))?;
-    let groups: Shape = scale.2.as_slice().into();
+        .map_err(|s| format!("offset {s:?} does not fit scale {groups:?}"))?;
+    let groups: Shape = groups.as_slice().into();
     let out = result_dtype(cx)?;
+    let Ok((data, dtype, shape)) = packed(cx, "data") else {
+        // Made by another constexpr operator, whose numbers are unpacked already.
+        let (data, shape) = needed(cx, "data")?;
+        check_groups(&shape, &groups)?;
+        let constant = scaled_floats(&data, &shape, &groups, &scale, offset.as_deref());
+        let y = cx.add_const(Const::new(out, &shape, constant));
+        return cx.result(y);
+    };
+    check_groups(&shape, &groups)?;
     let constant = if dtype.is_float() {
         // Float data (fp8, fp16) has no packed form here: it is scaled once.
         scaled_floats(
             &floats(&(data, dtype, shape.clone())),
             &shape,
             &groups,
-            &floats(&scale),
+            &scale,
             offset.as_deref(),
         )
     } else {
         let bits = dtype.bits().ok_or("data must be numbers")?;
         let signed = matches!(dtype, DType::Int4 | DType::Int8 | DType::Int16 | DType::Int32);
-        let scale = floats(&scale);
         ConstData::Affine(Arc::new(Affine {
             bits,
             signed,
@@ -320,14 +340,18 @@ fn set_bits(mask: &[u8], count: usize) -> impl Iterator<Item = usize> + '_ {
 }
 
 fn lower_lut_to_sparse(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
-    let shape = cx
-        .declared(0)
-        .and_then(|t| t.fixed_shape())
-        .ok_or("the mask needs a fixed shape")?;
+    // Smaller than the result's where each index stands for a vector.
+    let shape = match cx.packed("indices_mask") {
+        Ok(Some((_, _, shape))) => shape,
+        _ => {
+            let id = cx.value("indices_mask")?;
+            cx.shape(id).to_vec()
+        }
+    };
     let count = crate::layout::checked_elements(&shape).ok_or("the result is too large")?;
     let mask = mask(cx, "indices_mask", count)?;
     let (indices, dtype, _) = packed(cx, "indices_nonzero_data")?;
-    let lut = packed(cx, "lut")?;
+    let lut = needed(cx, "lut")?;
     let axis = cx.int("vector_axis")?;
     // The dense form decides which table and which entry an element takes; unset ones are dropped again.
     let bits = dtype.bits().ok_or("indices must be integers")?;
@@ -380,12 +404,11 @@ fn lower_sparse_blockwise(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
             .floats("nonzero_data")?
             .ok_or("parameter \"nonzero_data\" is missing")?,
     };
-    let scale = packed(cx, "scale")?;
-    check_groups(&shape, &scale.2)?;
-    let offset = cx.packed("offset")?.map(|o| floats(&o));
+    let (scale, groups) = needed(cx, "scale")?;
+    check_groups(&shape, &groups)?;
+    let offset = numbers(cx, "offset")?.map(|o| o.0);
     let dense = spread(&mask, count, &values)?;
-    let ConstData::F32(scaled) = scaled_floats(&dense, &shape, &scale.2, &floats(&scale), offset.as_deref())
-    else {
+    let ConstData::F32(scaled) = scaled_floats(&dense, &shape, &groups, &scale, offset.as_deref()) else {
         return Err("internal: scaled data are floats".into());
     };
     let kept = set_bits(&mask, count).map(|i| scaled[i]).collect();

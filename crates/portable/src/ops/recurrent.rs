@@ -6,7 +6,7 @@ use crate::error::{OpError, OpResult};
 use crate::layout::Shape;
 use crate::lower::OpCx;
 use crate::op::{Args, Op, OpSpec, Support, opt, req};
-use candle_coreml_kernels::{self as kernels, Gate, Unary, ViewMut, Weights};
+use candle_coreml_kernels::{self as kernels, Gate, Unary, ViewMut, Walk, Weights};
 use std::sync::Arc;
 
 /// Gates in the order of the file's weights.
@@ -18,7 +18,7 @@ struct Direction {
     hidden: Weights,
     bias: Option<Arc<[f32]>>,
     peephole: Option<Arc<[f32]>>,
-    reverse: bool,
+    walk: Walk,
 }
 
 /// `lstm` over `x [T, B, I]` from `h0, c0 [B, D * H]` (D directions): every step's hidden state `[T, B, D * H]`, and the last
@@ -79,7 +79,7 @@ impl Op for Lstm {
                 output: self.output,
                 clip: self.clip,
                 peephole,
-                reverse: d.reverse,
+                walk: d.walk,
             };
             let out = ViewMut::new(y, n * size, &shape, &strides).ok_or(bad)?;
             kernels::lstm(args.pool, x, &layer, (&mut hidden, &mut cell), out, args.scratch);
@@ -123,7 +123,7 @@ fn direction(
     cx: &mut OpCx<'_, '_>,
     suffix: &str,
     (rows, inputs, size): (usize, usize, usize),
-    reverse: bool,
+    walk: Walk,
 ) -> OpResult<Direction> {
     let mut matrix = |name: String, cols: usize| -> OpResult<Weights> {
         let w = cx.value(&name)?;
@@ -150,7 +150,7 @@ fn direction(
         hidden,
         bias,
         peephole,
-        reverse,
+        walk,
     })
 }
 
@@ -171,9 +171,14 @@ fn lower_lstm(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
         return Err(text.into());
     }
     let sizes = (rows, sx[2], size);
-    let mut directions = vec![direction(cx, "", sizes, name == "reverse")?];
+    let walk = if name == "reverse" {
+        Walk::Reverse
+    } else {
+        Walk::Forward
+    };
+    let mut directions = vec![direction(cx, "", sizes, walk)?];
     if both {
-        directions.push(direction(cx, "_back", sizes, true)?);
+        directions.push(direction(cx, "_back", sizes, Walk::Backward)?);
     }
     let gates = activation(cx, "recurrent_activation", "sigmoid")?;
     let cell = activation(cx, "cell_activation", "tanh")?;

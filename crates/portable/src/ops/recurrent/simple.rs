@@ -6,7 +6,7 @@ use crate::graph::ValueId;
 use crate::layout::Shape;
 use crate::lower::OpCx;
 use crate::op::{Args, Op};
-use candle_coreml_kernels::{self as kernels, Epilogue, Unary, View, ViewMut, Weights};
+use candle_coreml_kernels::{self as kernels, Epilogue, Unary, View, ViewMut, Walk, Weights};
 use smallvec::smallvec;
 use std::sync::Arc;
 
@@ -46,7 +46,7 @@ pub struct Recurrent {
     /// Added to the product with the hidden state, `parts * H`.
     hidden_bias: Vec<f32>,
     activation: Unary,
-    reverse: bool,
+    walk: Walk,
 }
 
 impl std::fmt::Debug for Recurrent {
@@ -160,10 +160,10 @@ impl Op for Recurrent {
             state: vec![0.0; h.len()],
         };
         for step in 0..steps {
-            let t = if self.reverse { steps - 1 - step } else { step };
+            let (t, place) = self.walk.places(step, steps);
             let gates = &mut gates[t * rows * wide..(t + 1) * rows * wide];
             self.step(args, gates, &mut h, &mut temp)?;
-            y[t * h.len()..(t + 1) * h.len()].copy_from_slice(&h);
+            y[place * h.len()..(place + 1) * h.len()].copy_from_slice(&h);
         }
         last.copy_from_slice(&h);
         Ok(())
@@ -208,9 +208,9 @@ fn lower(cx: &mut OpCx<'_, '_>, cell: Cell) -> OpResult<()> {
         return Err(format!("x {sx:?}, initial_h {sh:?} and weight_ih {sw:?} do not fit").into());
     }
     let input = cx.weights(w, parts * size, sx[2])?;
-    let reverse = match cx.text("direction")?.as_deref() {
-        None | Some("forward") => false,
-        Some("reverse") => true,
+    let walk = match cx.text("direction")?.as_deref() {
+        None | Some("forward") => Walk::Forward,
+        Some("reverse") => Walk::Reverse,
         Some(other) => return Err(format!("direction {other:?} is not forward or reverse").into()),
     };
     let op = Recurrent {
@@ -220,7 +220,7 @@ fn lower(cx: &mut OpCx<'_, '_>, cell: Cell) -> OpResult<()> {
         input_bias: vector(cx, "input_bias", parts * size)?,
         hidden_bias: vector(cx, "bias", parts * size)?,
         activation: activation(cx, "activation", "tanh")?,
-        reverse,
+        walk,
     };
     finish(cx, op, x, h0, [sx[0], sx[1], size])
 }
