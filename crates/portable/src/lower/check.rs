@@ -18,7 +18,7 @@ pub(crate) fn check_function(
     shapes: &HashMap<&str, Shape>,
     options: &LowerOptions,
 ) -> Result<(), Error> {
-    let mut low = Lowering::new(model, options);
+    let mut low = Lowering::new(model, function, options);
     for input in &function.inputs {
         low.add_parameter(input, shapes)?;
     }

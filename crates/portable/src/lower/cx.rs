@@ -36,6 +36,11 @@ impl<'a, 'm> OpCx<'a, 'm> {
         self.low.options.faithful
     }
 
+    /// Number of the operation set that the program is written in: 5 for iOS 15, 7 for iOS 17.
+    pub fn opset(&self) -> u32 {
+        self.low.opset
+    }
+
     /// The operation as written.
     pub fn operation(&self) -> &'m mil::Operation {
         self.op

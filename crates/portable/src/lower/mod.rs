@@ -57,7 +57,7 @@ pub fn lower(
     options: &LowerOptions,
 ) -> Result<Lowered, Error> {
     check_supported(&function.body)?;
-    let mut lowering = Lowering::new(model, options);
+    let mut lowering = Lowering::new(model, function, options);
     for input in &function.inputs {
         lowering.add_parameter(input, input_shapes)?;
     }
@@ -128,6 +128,8 @@ fn check_supported(block: &mil::Block) -> Result<(), Error> {
 /// The graph being built and the names in scope.
 pub(crate) struct Lowering<'m> {
     pub(crate) model: &'m mil::Model,
+    /// Number of the operation set: 5 for iOS 15, 6 for iOS 16 and so on.
+    pub(crate) opset: u32,
     pub(crate) options: &'m LowerOptions,
     pub(crate) graph: Graph,
     pub(crate) names: HashMap<&'m str, ValueId>,
@@ -141,10 +143,19 @@ pub(crate) struct Lowering<'m> {
     pub(crate) used: Vec<&'m str>,
 }
 
+/// `CoreML7` and, in the text of compiled models, `ios17` are number 7; an operation set that is not known is the oldest.
+fn opset(name: &str) -> u32 {
+    let number = |prefix: &str| name.strip_prefix(prefix)?.parse::<u32>().ok();
+    // Apple's numbers: iOS 18 is followed by iOS 26.
+    let ios = number("ios").map(|v| if v >= 26 { v - 17 } else { v.saturating_sub(10) });
+    number("CoreML").or(ios).unwrap_or(5)
+}
+
 impl<'m> Lowering<'m> {
-    fn new(model: &'m mil::Model, options: &'m LowerOptions) -> Self {
+    fn new(model: &'m mil::Model, function: &mil::Function, options: &'m LowerOptions) -> Self {
         Lowering {
             model,
+            opset: opset(&function.opset),
             options,
             graph: Graph::default(),
             names: HashMap::new(),

@@ -46,7 +46,7 @@ pub(crate) fn lower_piece<'m>(
     options: &'m LowerOptions,
     needed: &dyn Fn(usize) -> Vec<&'m str>,
 ) -> Result<Piece<'m>, Error> {
-    let mut low = Lowering::new(model, options);
+    let mut low = Lowering::new(model, function, options);
     for input in &function.inputs {
         if matches!(input.ty, mil::ValueType::State(_)) {
             low.add_parameter(input, &HashMap::new())?;

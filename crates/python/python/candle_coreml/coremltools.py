@@ -34,7 +34,7 @@ _MACOS = (15, 5)
 _NEWEST_SPECIFICATION = 10
 
 _choices = {
-    "numerics": os.environ.get("CANDLE_COREML_NUMERICS", "default"),
+    "numerics": os.environ.get("CANDLE_COREML_NUMERICS", "faithful"),
     "threads": int(os.environ.get("CANDLE_COREML_THREADS", "0")),
 }
 
@@ -42,8 +42,9 @@ _choices = {
 def configure(*, numerics=None, threads=None):
     """Chooses how models that are loaded from now on compute.
 
-    numerics: "default" (fp16 programs are computed in 32 bits), "faithful" (every result is rounded to the type that is
-    written in the program) or "fast". threads: 0 for as many as there are processors.
+    numerics: "faithful" (every result is rounded to the type that is written in the program: what coremltools is used
+    for is to see what a converted model does), "default" (fp16 programs are computed in 32 bits, which is faster) or "fast".
+    threads: 0 for as many as there are processors.
     """
     if numerics is not None:
         if numerics not in ("default", "faithful", "fast"):
@@ -164,7 +165,11 @@ class _MLModelProxy:
     def predict(self, data, state=None):
         started = time.perf_counter_ns()
         given = {name: _given(self._inputs.get(name), value) for name, value in data.items()}
-        outputs = self._model.predict(given, None if state is None else state._state)
+        try:
+            outputs = self._model.predict(given, None if state is None else state._state)
+        except _native.Error as error:
+            # Core ML's words come first: programs look for them.
+            raise RuntimeError(f"Unable to compute the prediction using ML Program. {error}") from error
         self._predicted = time.perf_counter_ns() - started
         return {name: _received(value) for name, value in outputs.items()}
 

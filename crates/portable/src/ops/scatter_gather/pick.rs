@@ -101,12 +101,27 @@ impl Tuples {
 
     /// First element of the slab of tuple `n`.
     pub fn start(&self, n: usize, indices: &[i32]) -> OpResult<usize> {
+        let wrap = |i, d| kernels::wrap_index(i, d).ok_or_else(|| out_of_range(i, d));
+        self.start_by(n, indices, |i, d| wrap(i, d).map(Some))
+            .map(|at| at.unwrap_or(0))
+    }
+
+    /// First element of the slab of tuple `n`, each index made a place by `place`; none where one index has none.
+    pub fn start_by(
+        &self,
+        n: usize,
+        indices: &[i32],
+        place: impl Fn(i32, usize) -> OpResult<Option<usize>>,
+    ) -> OpResult<Option<usize>> {
         let depth = self.dims.len();
         let mut at = n / self.per_batch.max(1);
         for (&i, &d) in indices.iter().skip(n * depth).zip(&self.dims) {
-            at = at * d + kernels::wrap_index(i, d).ok_or_else(|| out_of_range(i, d))?;
+            let Some(place) = place(i, d)? else {
+                return Ok(None);
+            };
+            at = at * d + place;
         }
-        Ok(at * self.slab)
+        Ok(Some(at * self.slab))
     }
 }
 

@@ -21,35 +21,67 @@ enum Place {
     Nd(Tuples),
 }
 
+/// What an index outside its axis means.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Outside {
+    /// Negative ones count from the end, others are errors: before iOS 17.
+    Wraps,
+    /// Negative ones are outside too, and all of them are errors: `validate_indices`.
+    Fails,
+    /// Negative ones are outside too, and their updates go nowhere.
+    Skips,
+}
+
+impl Outside {
+    fn place(self, index: i32, len: usize) -> OpResult<Option<usize>> {
+        let inside = match self {
+            Outside::Wraps => kernels::wrap_index(index, len),
+            _ => usize::try_from(index).ok().filter(|&i| i < len),
+        };
+        match self {
+            Outside::Skips => Ok(inside),
+            Outside::Wraps => inside.map(Some).ok_or_else(|| out_of_range(index, len)),
+            Outside::Fails => inside
+                .map(Some)
+                .ok_or_else(|| format!("index {index} is outside 0..{len}").into()),
+        }
+    }
+}
+
 /// The three operators of this family.
 #[derive(Debug)]
 pub struct Scatter {
     place: Place,
     /// How an update meets what is there; replaces it when `None`.
     mode: Option<Binary>,
+    outside: Outside,
 }
 
 impl Scatter {
     /// Calls `f` with the start of each run of elements in the data and in the updates.
     fn runs(&self, indices: &[i32], updates: usize, mut f: impl FnMut(usize, usize)) -> OpResult<()> {
-        let wrap = |i: i32, len: usize| kernels::wrap_index(i, len).ok_or_else(|| out_of_range(i, len));
         match &self.place {
             Place::Axis { len, inner } => {
                 let outer = updates / (indices.len() * inner).max(1);
                 for (n, o) in (0..outer).flat_map(|o| (0..indices.len()).map(move |n| (n, o))) {
-                    let at = wrap(indices[n], *len)?;
-                    f((o * len + at) * inner, (o * indices.len() + n) * inner);
+                    if let Some(at) = self.outside.place(indices[n], *len)? {
+                        f((o * len + at) * inner, (o * indices.len() + n) * inner);
+                    }
                 }
             }
             Place::Along { len, count, inner } => {
                 for (n, &i) in indices.iter().enumerate() {
-                    let at = wrap(i, *len)?;
-                    f((n / (count * inner) * len + at) * inner + n % inner, n);
+                    if let Some(at) = self.outside.place(i, *len)? {
+                        f((n / (count * inner) * len + at) * inner + n % inner, n);
+                    }
                 }
             }
             Place::Nd(tuples) => {
                 for n in 0..tuples.per_batch {
-                    f(tuples.start(n, indices)?, n * tuples.slab);
+                    let start = tuples.start_by(n, indices, |i, d| self.outside.place(i, d))?;
+                    if let Some(start) = start {
+                        f(start, n * tuples.slab);
+                    }
                 }
             }
         }
@@ -139,6 +171,11 @@ impl Parts {
         let op = Scatter {
             place,
             mode: mode(cx)?,
+            outside: match (cx.opset() >= 7, cx.flag("validate_indices", false)?) {
+                (false, _) => Outside::Wraps,
+                (true, true) => Outside::Fails,
+                (true, false) => Outside::Skips,
+            },
         };
         let (dtype, shape) = (cx.dtype(self.data), cx.shape(self.data));
         let y = cx.emit(op, &[self.data, self.indices, self.updates], dtype, &shape)?;
@@ -194,16 +231,29 @@ mod tests {
         let scatter = Scatter {
             place: Place::Axis { len: 2, inner: 3 },
             mode: Some(Binary::Add),
+            outside: Outside::Wraps,
         };
         let mut y = [1, 2, 3, 4, 5, 6];
         scatter
             .write(&[1, 0], &[5, 6, 7, 8, 9, 10], &mut y, Binary::apply_i32)
             .expect("indices are inside");
         assert_eq!(y, [9, 11, 13, 9, 11, 13]);
-        assert!(
-            scatter
-                .write(&[2, 0], &[0; 6], &mut y, Binary::apply_i32)
-                .is_err()
-        );
+        for (outside, allowed) in [
+            (Outside::Wraps, true),
+            (Outside::Fails, false),
+            (Outside::Skips, true),
+        ] {
+            let scatter = Scatter {
+                outside,
+                place: Place::Axis { len: 2, inner: 3 },
+                mode: None,
+            };
+            let mut y = [0; 6];
+            let written = scatter.write(&[-1], &[1, 1, 1], &mut y, Binary::apply_i32);
+            assert_eq!(written.is_ok(), allowed, "{outside:?}");
+            assert_eq!(y[5], i32::from(outside == Outside::Wraps), "{outside:?}");
+            let beyond = scatter.write(&[2], &[1, 1, 1], &mut y, Binary::apply_i32);
+            assert_eq!(beyond.is_ok(), outside == Outside::Skips, "{outside:?}");
+        }
     }
 }
