@@ -3,6 +3,7 @@
 mod apple;
 mod chores;
 mod ops;
+mod python;
 
 use std::process::ExitCode;
 
@@ -15,6 +16,8 @@ fn main() -> ExitCode {
         (Some("apple-check"), rest) => apple::check(rest),
         (Some("apple-fake"), rest) => apple::fake(rest),
         (Some("apple-report"), rest) => apple::report(rest),
+        (Some("python"), rest) => python::tests(rest),
+        (Some("conformance"), rest) => python::conformance(rest),
         (Some("lints"), []) => chores::lints(),
         (Some("docs"), []) => chores::docs(),
         (Some("workflows"), []) => chores::workflows(),
@@ -36,6 +39,8 @@ const USAGE: &str = "cargo xtask COMMAND
   apple-check [--quick] [--no-install]   check, clippy and build for Apple systems from Linux; then apple-fake
   apple-fake [CARGO ARGUMENTS]           the Apple engine against stand-in classes on GNUstep (default: test)
   apple-report [MODEL]                   on a Mac: tests, golden cases and the demo model on the real framework
+  python [--quick]                       build and install the Python module, run its tests
+  conformance [OPTIONS] [TESTS]          coremltools' own tests on the engine; --write makes docs/CONFORMANCE.md of it
   lints                                  formatting, clippy, the table of operators
   docs                                   documentation, warnings denied
   workflows                              lint .github/workflows with actionlint
