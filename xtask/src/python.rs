@@ -115,11 +115,20 @@ fn asked(arguments: &[String]) -> Result<Asked> {
 /// `python`: builds and installs the module, runs its tests.
 pub fn tests(arguments: &[String]) -> Result<()> {
     let quick = arguments.iter().any(|a| a == "--quick");
-    let env = Environment::make(&["pytest", "pillow", "coremltools==9.0", "numpy==2.0.2"], quick)?;
+    // coremltools has no wheels for Windows; the tests that need it say so there.
+    let converter: &[&str] = if cfg!(windows) { &[] } else { &["coremltools==9.0"] };
+    let packages = [&["pytest", "pillow", "numpy==2.0.2"], converter].concat();
+    let env = Environment::make(&packages, quick)?;
     run(env
         .python()
         .args(["-m", "pytest", "-q", "-p", "no:cacheprovider"])
         .arg(root().join("crates/python/tests")))
+}
+
+/// `wheel`: the module for this machine, in `target/wheels`.
+pub fn wheel() -> Result<()> {
+    let env = Environment::venv(&[])?;
+    env.build(&root().join("target/wheels"), false)
 }
 
 /// `conformance`: coremltools' own tests.
@@ -197,30 +206,10 @@ struct Environment {
 impl Environment {
     /// Makes it where it is not there, installs the packages, and builds and installs the module.
     fn make(packages: &[&str], quick: bool) -> Result<Self> {
-        let folder = root().join("target/python");
-        let env = Environment { folder };
-        if !env.binary("python").is_file() {
-            let python = std::env::var("PYTHON").unwrap_or_else(|_| "python3".to_string());
-            run(Command::new(python)
-                .args(["-m", "venv"])
-                .arg(env.folder.join("venv")))?;
-        }
-        env.install(packages)?;
-        env.install(&["maturin>=1.9,<2"])?;
+        let env = Environment::venv(packages)?;
         let wheels = env.folder.join("wheels");
         let _ = fs::remove_dir_all(&wheels);
-        let mut build = Command::new(env.binary("maturin"));
-        build
-            .args(["build", "--locked", "--quiet", "--interpreter"])
-            .arg(env.binary("python"))
-            .arg("--out")
-            .arg(&wheels)
-            .arg("--manifest-path")
-            .arg(root().join("crates/python/Cargo.toml"));
-        if !quick {
-            build.arg("--release");
-        }
-        run(&mut build)?;
+        env.build(&wheels, quick)?;
         let entries = fs::read_dir(&wheels).map_err(|e| format!("{}: {e}", wheels.display()))?;
         let wheel = entries
             .flatten()
@@ -229,6 +218,35 @@ impl Environment {
             .ok_or("maturin built no wheel")?;
         env.install(&["--force-reinstall", "--no-deps", &wheel.display().to_string()])?;
         Ok(env)
+    }
+
+    /// An interpreter with maturin and the packages.
+    fn venv(packages: &[&str]) -> Result<Self> {
+        let folder = root().join("target/python");
+        let env = Environment { folder };
+        if !env.binary("python").is_file() {
+            let python = std::env::var("PYTHON").unwrap_or_else(|_| "python3".to_string());
+            run(Command::new(python)
+                .args(["-m", "venv"])
+                .arg(env.folder.join("venv")))?;
+        }
+        env.install(&[packages, &["maturin>=1.9,<2"]].concat())?;
+        Ok(env)
+    }
+
+    fn build(&self, wheels: &Path, quick: bool) -> Result<()> {
+        let mut build = Command::new(self.binary("maturin"));
+        build
+            .args(["build", "--locked", "--quiet", "--interpreter"])
+            .arg(self.binary("python"))
+            .arg("--out")
+            .arg(wheels)
+            .arg("--manifest-path")
+            .arg(root().join("crates/python/Cargo.toml"));
+        if !quick {
+            build.arg("--release");
+        }
+        run(&mut build)
     }
 
     fn binary(&self, name: &str) -> PathBuf {
