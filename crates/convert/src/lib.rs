@@ -17,10 +17,12 @@ mod reference;
 mod weights;
 
 pub use builder::{ProgramBuilder, Weight};
-pub use compress::{CompressOptions, CompressReport, Compression, Progress, compress_package};
+pub use compress::{
+    CompressOptions, CompressReport, Compression, Kept, Palette, Progress, Table, compress_package,
+};
 pub use config::{DecoderConfig, Family, RopeScaling};
 pub use error::{Error, Result};
 pub use function::{Arg, FunctionBuilder, Var};
-pub use lm::{LanguageModelOptions, Layout, Plan, convert_language_model, plan_language_model};
+pub use lm::{LanguageModelOptions, Layout, Plan, convert_language_model, plan_language_model, read_config};
 pub use reference::Reference;
 pub use weights::Checkpoint;

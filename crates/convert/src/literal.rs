@@ -40,6 +40,15 @@ pub fn half(value: f32) -> Value {
     tensor(DType::Fp16, &[], f16::from_f32(value).to_le_bytes().to_vec())
 }
 
+/// 16-bit floats in a shape; there is one for each element.
+pub fn halves(values: &[f16], shape: &[usize]) -> Value {
+    tensor(
+        DType::Fp16,
+        shape,
+        values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+    )
+}
+
 /// A 32-bit float.
 pub fn float(value: f32) -> Value {
     tensor(DType::Fp32, &[], value.to_le_bytes().to_vec())

@@ -166,44 +166,18 @@ fn compressed_weights_stay_near_the_original_and_progress_reaches_the_end() {
     let size = expected.iter().fold(0f32, |m, v| m.max(v.abs()));
     let mut failures = Vec::new();
     for (how, most) in [
-        (Compression::Palette { bits: 8, group: None }, 0.05),
-        (
-            Compression::Palette {
-                bits: 6,
-                group: Some(8),
-            },
-            0.1,
-        ),
-        (
-            Compression::Palette {
-                bits: 4,
-                group: Some(8),
-            },
-            0.4,
-        ),
-        (Compression::Linear { bits: 8, block: None }, 0.05),
-        (
-            Compression::Linear {
-                bits: 4,
-                block: Some(16),
-            },
-            0.4,
-        ),
-        (
-            Compression::Sparse {
-                zeros: 0.05,
-                palette: None,
-            },
-            0.1,
-        ),
-        (
-            Compression::Sparse {
-                zeros: 0.05,
-                palette: Some(8),
-            },
-            0.1,
-        ),
+        ("palette:8", 0.05),
+        ("palette:6:group=8", 0.1),
+        ("palette:4:group=8", 0.4),
+        ("palette:8:group=16:vector=2", 0.4),
+        ("int8", 0.05),
+        ("int4:block=16", 0.4),
+        ("sparse:0.05", 0.1),
+        ("sparse:0.05+palette:8", 0.1),
+        ("sparse:0.05+palette:8:table=int8", 0.2),
+        ("sparse:0.05+int8", 0.1),
     ] {
+        let how: Compression = how.parse().unwrap();
         let to = tempfile::tempdir().unwrap();
         let options = LanguageModelOptions {
             layers: how,
@@ -218,7 +192,7 @@ fn compressed_weights_stay_near_the_original_and_progress_reaches_the_end() {
         let error = furthest(&anemll(to.path(), &tokens), &expected) / size;
         if error.is_nan() || error > most || error == 0.0 || last.0 != last.1 {
             failures.push(format!(
-                "{how:?}: off by {error}, at most {most}; progress {last:?}"
+                "{how}: off by {error}, at most {most}; progress {last:?}"
             ));
         }
     }

@@ -116,11 +116,7 @@ fn head(job: &mut Job<'_>, name: &str) -> Result<()> {
     let mut weights = Vec::new();
     for (i, rows) in head_parts(c, o).into_iter().enumerate() {
         let part = &values[rows.start * c.hidden..rows.end * c.hidden];
-        let how = if o.head.fits(&[rows.len(), c.hidden]) {
-            o.head
-        } else {
-            whole(&o.head)
-        };
+        let how = o.head.relaxed(&[rows.len(), c.hidden]);
         weights.push(package.weight(
             &format!("lm_head_{}", i + 1),
             &[rows.len(), c.hidden, 1, 1],
@@ -159,14 +155,6 @@ fn head(job: &mut Job<'_>, name: &str) -> Result<()> {
     ];
     package.metadata(job.metadata("Language head", &more));
     package.finish()
-}
-
-/// The same bits with one table or scale where groups do not divide a part.
-fn whole(how: &Compression) -> Compression {
-    match *how {
-        Compression::Palette { bits, .. } => Compression::Palette { bits, group: None },
-        other => other,
-    }
 }
 
 /// Index and value of the largest of `logits` [1, 1, n], each [1].
@@ -215,7 +203,8 @@ fn write_chunk(job: &mut Job<'_>, chunk: usize, name: &str) -> Result<()> {
     for layer in layers_of(c.layers, o.chunks, chunk) {
         layers.push((
             layer,
-            job.tensors.layer(&mut package, layer, Shapes::Conv, &o.layers)?,
+            job.tensors
+                .layer(&mut package, layer, Shapes::Conv, o.layer(layer))?,
         ));
         job.stored(super::layer_values(c));
     }

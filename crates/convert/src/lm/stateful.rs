@@ -23,7 +23,7 @@ pub(super) fn write(job: &mut Job<'_>) -> Result<()> {
     for layer in 0..c.layers {
         layers.push(
             job.tensors
-                .layer(&mut package, layer, Shapes::Matrix, &o.layers)?,
+                .layer(&mut package, layer, Shapes::Matrix, o.layer(layer))?,
         );
         job.stored(super::layer_values(c));
     }
