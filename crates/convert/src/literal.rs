@@ -21,6 +21,12 @@ pub fn ints(values: &[i32]) -> Value {
     tensor(DType::Int32, &[values.len()], bytes)
 }
 
+/// Integers in a shape; there is one for each element.
+pub fn int_tensor(values: &[i32], shape: &[usize]) -> Value {
+    let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+    tensor(DType::Int32, shape, bytes)
+}
+
 /// A truth value.
 pub fn flag(value: bool) -> Value {
     tensor(DType::Bool, &[], vec![u8::from(value)])

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use candle_coreml_mil::{DType, Dim, Flexibility, TensorType};
 
-use super::decoder::{Rotary, RotaryTables, activate, add_residual, norm, parts};
+use super::decoder::{Rotary, RotaryTables, activate, add_residual, norm, parts, within_window};
 use super::tensors::{LayerWeights, Projection, Shapes};
 use super::{Job, LanguageModelOptions, head_splits};
 use crate::builder::{ProgramBuilder, Weight};
@@ -237,6 +237,8 @@ struct Call<'a> {
     tokens: usize,
     context: usize,
     mask: Var,
+    /// The mask of the layers with a sliding window, where there are any.
+    local_mask: Option<Var>,
     state: Var,
     /// First position written, and the one after the last, each [1].
     slots: (Var, Var),
@@ -265,11 +267,24 @@ fn chunk_function(
     })?);
     let to = f.op("add", &[("x", (&from).into()), ("y", count.into())], from.ty())?;
     let rotary = weights.rotary.at(&mut f, &positions)?;
+    let window = weights
+        .layers
+        .iter()
+        .find_map(|(layer, _)| c.window(*layer, o.context));
+    let local_mask = match window {
+        Some(window) => {
+            let keys: Vec<usize> = (0..o.context).collect();
+            let keys = literal::int_tensor(&crate::layers::as_i32(&keys)?, &[1, 1, 1, o.context]);
+            Some(within_window(&mut f, &mask, &positions, keys.into(), window)?)
+        }
+        None => None,
+    };
     let call = Call {
         config: c,
         tokens,
         context: o.context,
         mask,
+        local_mask,
         state,
         slots: (from, to),
         rotary,
@@ -347,7 +362,8 @@ impl Call<'_> {
         let values = self.cached(f, &cache, c.layers + layer)?;
         let scores = f.matmul(&q, &keys, true)?;
         let scores = f.scale(&scores, c.attention_scale)?;
-        let scores = f.add(&scores, &self.mask)?;
+        let mask = self.local_mask.as_ref().filter(|_| local).unwrap_or(&self.mask);
+        let scores = f.add(&scores, mask)?;
         let shares = f.softmax(&scores)?;
         let out = f.matmul(&shares, &values, false)?;
         let width = c.heads * c.head_dim;

@@ -220,12 +220,6 @@ fn check(config: &DecoderConfig, options: &LanguageModelOptions) -> Result<()> {
             format!("{context}; the model has 1 to {} positions", config.max_positions),
         );
     }
-    if let Some(window) = config.sliding_window.filter(|w| *w < context) {
-        return wrong(
-            "context",
-            format!("{context}; up to the sliding window of {window} positions is supported"),
-        );
-    }
     if options.layout == Layout::Stateful {
         return Ok(());
     }
