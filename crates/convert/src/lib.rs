@@ -25,4 +25,4 @@ pub use error::{Error, Result};
 pub use function::{Arg, FunctionBuilder, Var};
 pub use lm::{LanguageModelOptions, Layout, Plan, convert_language_model, plan_language_model, read_config};
 pub use reference::Reference;
-pub use weights::Checkpoint;
+pub use weights::{Checkpoint, TensorStream};

@@ -92,9 +92,8 @@ pub(super) fn write(job: &mut Job<'_>) -> Result<()> {
 fn embeddings(job: &mut Job<'_>, name: &str) -> Result<()> {
     let (c, o) = (job.config, job.options);
     let mut package = ProgramBuilder::create(job.to.join(name))?;
-    let values = job.tensors.embeddings()?;
-    let table = package.weight("embed_tokens", &[c.vocabulary, c.hidden], &values, &o.embeddings)?;
-    job.stored(values.len() as u64);
+    let table = job.tensors.embeddings(&mut package, &o.embeddings)?;
+    job.stored((c.vocabulary * c.hidden) as u64);
     let mut f = FunctionBuilder::new("main");
     let shapes = Flexibility::Enumerated(vec![vec![1, 1], vec![1, o.batch]]);
     let ids = f.flexible_input("input_ids", DType::Int32, &[1, 1], shapes)?;
@@ -112,15 +111,14 @@ fn embeddings(job: &mut Job<'_>, name: &str) -> Result<()> {
 fn head(job: &mut Job<'_>, name: &str) -> Result<()> {
     let (c, o) = (job.config, job.options);
     let mut package = ProgramBuilder::create(job.to.join(name))?;
-    let values = job.tensors.head()?;
     let mut weights = Vec::new();
     for (i, rows) in head_parts(c, o).into_iter().enumerate() {
-        let part = &values[rows.start * c.hidden..rows.end * c.hidden];
+        let part = job.tensors.head_rows(rows.clone())?;
         let how = o.head.relaxed(&[rows.len(), c.hidden]);
         weights.push(package.weight(
             &format!("lm_head_{}", i + 1),
             &[rows.len(), c.hidden, 1, 1],
-            part,
+            &part,
             &how,
         )?);
         job.stored(part.len() as u64);

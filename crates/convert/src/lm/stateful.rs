@@ -15,10 +15,9 @@ use crate::literal;
 pub(super) fn write(job: &mut Job<'_>) -> Result<()> {
     let (c, o) = (job.config, job.options);
     let mut package = ProgramBuilder::create(job.to.join("model.mlpackage"))?;
-    let values = job.tensors.embeddings()?;
-    let embeddings = package.weight("embed_tokens", &[c.vocabulary, c.hidden], &values, &o.embeddings)?;
-    job.stored(values.len() as u64);
-    drop(values);
+    let embeddings = job.tensors.embeddings(&mut package, &o.embeddings)?;
+    let table = (c.vocabulary * c.hidden) as u64;
+    job.stored(table);
     let mut layers = Vec::new();
     for layer in 0..c.layers {
         layers.push(
@@ -27,9 +26,8 @@ pub(super) fn write(job: &mut Job<'_>) -> Result<()> {
         );
         job.stored(super::layer_values(c));
     }
-    let values = job.tensors.head()?;
-    let head = package.weight("lm_head", &[c.vocabulary, c.hidden], &values, &o.head)?;
-    job.stored(values.len() as u64);
+    let head = job.tensors.head(&mut package, &o.head)?;
+    job.stored(table);
     let rotary = RotaryTables::write(&mut package, c, o.context)?;
     let final_norm = job.tensors.final_norm(&mut package)?;
 
