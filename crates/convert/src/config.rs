@@ -100,22 +100,23 @@ pub struct DecoderConfig {
     pub end_tokens: Vec<u32>,
 }
 
-struct Reader<'a> {
-    file: &'a str,
-    json: &'a Value,
+/// The keys of a configuration, checked as they are read.
+pub(crate) struct Reader<'a> {
+    pub(crate) file: &'a str,
+    pub(crate) json: &'a Value,
 }
 
 impl Reader<'_> {
-    fn get(&self, key: &str) -> Option<&Value> {
+    pub(crate) fn get(&self, key: &str) -> Option<&Value> {
         self.json.get(key).filter(|v| !v.is_null())
     }
 
-    fn wrong(&self, key: &str, wanted: &str) -> Error {
+    pub(crate) fn wrong(&self, key: &str, wanted: &str) -> Error {
         let found = self.get(key).map_or("nothing".to_owned(), Value::to_string);
         Error::malformed(self.file, format!("{key:?}: {found} found, {wanted} needed"))
     }
 
-    fn size_or(&self, key: &str, default: Option<usize>) -> Result<usize> {
+    pub(crate) fn size_or(&self, key: &str, default: Option<usize>) -> Result<usize> {
         /// No decoder has a dimension beyond this; sizes are multiplied with each other later.
         const MOST: u64 = 1 << 24;
         match self.get(key) {
@@ -127,11 +128,11 @@ impl Reader<'_> {
         }
     }
 
-    fn size(&self, key: &str) -> Result<usize> {
+    pub(crate) fn size(&self, key: &str) -> Result<usize> {
         self.size_or(key, None)
     }
 
-    fn number_or(&self, key: &str, default: f64) -> Result<f64> {
+    pub(crate) fn number_or(&self, key: &str, default: f64) -> Result<f64> {
         match self.get(key) {
             None => Ok(default),
             Some(v) => {
@@ -141,7 +142,7 @@ impl Reader<'_> {
         }
     }
 
-    fn flag(&self, key: &str) -> bool {
+    pub(crate) fn flag(&self, key: &str) -> bool {
         self.get(key).and_then(Value::as_bool).unwrap_or(false)
     }
 }

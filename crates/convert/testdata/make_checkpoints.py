@@ -95,9 +95,8 @@ def decoder(name, config_class, options, seed):
     save(model, HERE / name, golden, shard="20KB" if name == "llama2" else None)
 
 
-def bert(name, seed):
-    config = t.BertConfig(**SMALL | dict(type_vocab_size=2))
-    model = t.BertModel(config, add_pooling_layer=True).eval()
+def encoder(name, config_class, model_class, options, seed):
+    model = model_class(config_class(**SMALL | options), add_pooling_layer=True).eval()
     generator = torch.Generator().manual_seed(seed)
     randomize(model, generator)
     tokens = torch.randint(3, VOCABULARY, (1, 16), generator=generator)
@@ -113,9 +112,10 @@ def bert(name, seed):
 def main():
     for seed, (name, (config_class, options)) in enumerate(DECODERS.items()):
         decoder(name, config_class, options, seed + 1)
-    bert("bert", 100)
+    encoder("bert", t.BertConfig, t.BertModel, dict(type_vocab_size=2), 100)
+    encoder("roberta", t.RobertaConfig, t.RobertaModel, dict(type_vocab_size=1, pad_token_id=1, bos_token_id=0), 101)
     total = sum(f.stat().st_size for f in HERE.rglob("*") if f.is_file())
-    print(f"{total / 1e6:.2f} MB in {len(DECODERS) + 1} checkpoints")
+    print(f"{total / 1e6:.2f} MB in {len(DECODERS) + 2} checkpoints")
 
 
 if __name__ == "__main__":

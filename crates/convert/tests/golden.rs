@@ -8,7 +8,11 @@ mod support;
 
 use std::path::{Path, PathBuf};
 
-use candle_coreml_convert::{LanguageModelOptions, Layout, Reference, convert_language_model};
+use candle_core::{DType, Device, Tensor};
+use candle_coreml::CoreMLModel;
+use candle_coreml_convert::{
+    EncoderOptions, LanguageModelOptions, Layout, Reference, convert_encoder, convert_language_model,
+};
 use safetensors::SafeTensors;
 use support::run::{anemll, anemll_rows, furthest, stateful, stateful_rows};
 use support::write_tokenizer;
@@ -34,6 +38,8 @@ const FLOAT16: f32 = 0.02;
 fn data(name: &str) -> PathBuf {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/testdata")).join(name)
 }
+
+const ENCODERS: [&str; 2] = ["bert", "roberta"];
 
 fn golden(folder: &Path) -> (Vec<u32>, Vec<Vec<f32>>) {
     let bytes = std::fs::read(folder.join("golden.safetensors")).unwrap();
@@ -104,6 +110,54 @@ fn packages_give_the_logits_of_transformers_in_both_layouts() {
         compare("at once", worst(&stateful_rows(&to, &tokens), &expected));
         let last = std::slice::from_ref(expected.last().unwrap());
         compare("in two calls", worst(&[stateful(&to, &tokens)], last));
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+/// Tokens that count first, then padding.
+#[test]
+fn encoders_give_the_hidden_states_of_transformers() {
+    let mut failures = Vec::new();
+    for name in ENCODERS {
+        let golden =
+            candle_core::safetensors::load(data(name).join("golden.safetensors"), &Device::Cpu).unwrap();
+        let row = |name: &str| golden[name].unsqueeze(0).unwrap().to_dtype(DType::I64).unwrap();
+        let (tokens, mask) = (row("tokens"), row("mask"));
+        let shown = mask
+            .to_dtype(DType::F32)
+            .unwrap()
+            .sum_all()
+            .unwrap()
+            .to_scalar::<f32>()
+            .unwrap() as usize;
+        let all = tokens.dim(1).unwrap();
+        // Without padding, any length; with padding, a fixed one.
+        for (count, fixed) in [(shown, None), (all, Some(all)), (all, None)] {
+            let to = tempfile::tempdir().unwrap();
+            let options = EncoderOptions {
+                tokens: fixed,
+                ..EncoderOptions::default()
+            };
+            convert_encoder(data(name), to.path(), &options, &mut |_| {}).unwrap();
+            let model = CoreMLModel::load(to.path().join("model.mlpackage")).unwrap();
+            let cut = |t: &Tensor| t.narrow(1, 0, count).unwrap();
+            let outputs = model
+                .predict(&[("input_ids", &cut(&tokens)), ("attention_mask", &cut(&mask))])
+                .unwrap();
+            let hidden = |t: &Tensor| -> Vec<f32> {
+                let t = t.narrow(0, 0, shown).unwrap().flatten_all().unwrap();
+                t.to_dtype(DType::F32).unwrap().to_vec1().unwrap()
+            };
+            let found = outputs.tensor("last_hidden_state").unwrap().squeeze(0).unwrap();
+            let off = furthest(&hidden(&found), &hidden(&golden["hidden"]));
+            let pooled = outputs.tensor("pooler_output").unwrap().squeeze(0).unwrap();
+            let pooled = pooled.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap();
+            let pooled = furthest(&pooled, &golden["pooled"].to_vec1::<f32>().unwrap());
+            println!("{name}, {count} tokens, {fixed:?}: {off:e}, pooled {pooled:e}");
+            if off.is_nan() || pooled.is_nan() || off.max(pooled) > FLOAT16 {
+                failures.push(format!("{name}, {count} tokens: off by {off}, pooled {pooled}"));
+            }
+        }
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }

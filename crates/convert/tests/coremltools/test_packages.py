@@ -69,7 +69,8 @@ def packages(folder):
 
 
 CHECKPOINTS = sorted(p.parent.name for p in DATA.glob("*/golden.safetensors"))
-DECODERS = [name for name in CHECKPOINTS if name != "bert"]
+ENCODERS = ["bert", "roberta"]
+DECODERS = [name for name in CHECKPOINTS if name not in ENCODERS]
 LAYOUTS = ["--layout anemll --chunks 2 --batch 8", "--layout anemll --batch 8 --argmax", "--layout stateful"]
 
 
@@ -77,6 +78,14 @@ LAYOUTS = ["--layout anemll --chunks 2 --batch 8", "--layout anemll --batch 8 --
 @pytest.mark.parametrize("name", DECODERS)
 def test_language_models_open(name, layout, tmp_path):
     run("convert", DATA / name, tmp_path / "out", "--context", "32", *layout.split())
+    for package in packages(tmp_path / "out"):
+        check(package, tmp_path)
+
+
+@pytest.mark.parametrize("size", ["", "--tokens 16"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_open(name, size, tmp_path):
+    run("convert", DATA / name, tmp_path / "out", *size.split())
     for package in packages(tmp_path / "out"):
         check(package, tmp_path)
 
