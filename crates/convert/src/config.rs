@@ -100,22 +100,23 @@ pub struct DecoderConfig {
     pub end_tokens: Vec<u32>,
 }
 
-struct Reader<'a> {
-    file: &'a str,
-    json: &'a Value,
+/// The keys of a configuration, checked as they are read.
+pub(crate) struct Reader<'a> {
+    pub(crate) file: &'a str,
+    pub(crate) json: &'a Value,
 }
 
 impl Reader<'_> {
-    fn get(&self, key: &str) -> Option<&Value> {
+    pub(crate) fn get(&self, key: &str) -> Option<&Value> {
         self.json.get(key).filter(|v| !v.is_null())
     }
 
-    fn wrong(&self, key: &str, wanted: &str) -> Error {
+    pub(crate) fn wrong(&self, key: &str, wanted: &str) -> Error {
         let found = self.get(key).map_or("nothing".to_owned(), Value::to_string);
         Error::malformed(self.file, format!("{key:?}: {found} found, {wanted} needed"))
     }
 
-    fn size_or(&self, key: &str, default: Option<usize>) -> Result<usize> {
+    pub(crate) fn size_or(&self, key: &str, default: Option<usize>) -> Result<usize> {
         /// No decoder has a dimension beyond this; sizes are multiplied with each other later.
         const MOST: u64 = 1 << 24;
         match self.get(key) {
@@ -127,11 +128,11 @@ impl Reader<'_> {
         }
     }
 
-    fn size(&self, key: &str) -> Result<usize> {
+    pub(crate) fn size(&self, key: &str) -> Result<usize> {
         self.size_or(key, None)
     }
 
-    fn number_or(&self, key: &str, default: f64) -> Result<f64> {
+    pub(crate) fn number_or(&self, key: &str, default: f64) -> Result<f64> {
         match self.get(key) {
             None => Ok(default),
             Some(v) => {
@@ -141,7 +142,7 @@ impl Reader<'_> {
         }
     }
 
-    fn flag(&self, key: &str) -> bool {
+    pub(crate) fn flag(&self, key: &str) -> bool {
         self.get(key).and_then(Value::as_bool).unwrap_or(false)
     }
 }
@@ -227,7 +228,7 @@ impl DecoderConfig {
                 .and_then(Value::as_bool)
                 .unwrap_or(gemma),
             local_rope_theta: if gemma {
-                Some(config.number_or("rope_local_base_freq", 1e4)?)
+                Some(local_rope_theta(config)?)
             } else {
                 None
             },
@@ -236,8 +237,8 @@ impl DecoderConfig {
             } else {
                 None
             },
-            local_layers: if gemma {
-                local_layers(config, layers)?
+            local_layers: if sliding || gemma {
+                local_layers(config, family, layers)?
             } else {
                 Vec::new()
             },
@@ -251,7 +252,8 @@ impl DecoderConfig {
     pub fn rope_frequencies(&self, local: bool) -> Vec<f64> {
         let theta = self.local_rope_theta.filter(|_| local).unwrap_or(self.rope_theta);
         let plain = |i: usize| theta.powf(-2.0 * i as f64 / self.head_dim as f64);
-        let scaled = |f: f64| match self.rope_scaling.filter(|_| !local) {
+        let other = local && self.local_rope_theta.is_some();
+        let scaled = |f: f64| match self.rope_scaling.filter(|_| !other) {
             None => f,
             Some(RopeScaling::Linear(factor)) => f / factor,
             Some(RopeScaling::Llama3 {
@@ -274,34 +276,50 @@ impl DecoderConfig {
         (0..self.head_dim / 2).map(|i| scaled(plain(i))).collect()
     }
 
+    /// The window of a layer that does not look at all of `context` positions.
+    pub fn window(&self, layer: usize, context: usize) -> Option<usize> {
+        self.sliding_window
+            .filter(|&window| self.is_local(layer) && window < context)
+    }
+
     /// True for layers that look at the sliding window only.
     pub fn is_local(&self, layer: usize) -> bool {
         self.local_layers.get(layer).copied().unwrap_or(false)
     }
 }
 
+/// Rotary parameters as transformers 5 writes them: one set, or one for each kind of layer; nothing in older files.
+fn rope_parameters<'a>(config: &Reader<'a>, kind: &str) -> Option<Reader<'a>> {
+    let all = config.json.get("rope_parameters").filter(|v| v.is_object())?;
+    Some(Reader {
+        file: config.file,
+        json: all.get(kind).filter(|v| v.is_object()).unwrap_or(all),
+    })
+}
+
 fn rope_theta(config: &Reader<'_>, default: f64) -> Result<f64> {
-    // transformers 5 writes the base among the scaling parameters.
-    match config
-        .get("rope_parameters")
-        .and_then(|p| p.get("rope_theta"))
-        .and_then(Value::as_f64)
-    {
-        Some(theta) => Ok(theta),
-        None => config.number_or("rope_theta", default),
+    match rope_parameters(config, "full_attention") {
+        Some(parameters) if parameters.get("rope_theta").is_some() => {
+            parameters.number_or("rope_theta", default)
+        }
+        _ => config.number_or("rope_theta", default),
+    }
+}
+
+fn local_rope_theta(config: &Reader<'_>) -> Result<f64> {
+    match rope_parameters(config, "sliding_attention") {
+        Some(parameters) => parameters.number_or("rope_theta", 1e4),
+        None => config.number_or("rope_local_base_freq", 1e4),
     }
 }
 
 fn rope_scaling(config: &Reader<'_>) -> Result<Option<RopeScaling>> {
-    let Some(json) = config
-        .get("rope_scaling")
-        .or_else(|| config.get("rope_parameters"))
-    else {
-        return Ok(None);
-    };
-    let scaling = Reader {
+    let old = config.get("rope_scaling").map(|json| Reader {
         file: config.file,
         json,
+    });
+    let Some(scaling) = old.or_else(|| rope_parameters(config, "full_attention")) else {
+        return Ok(None);
     };
     let kind = scaling
         .get("rope_type")
@@ -323,15 +341,28 @@ fn rope_scaling(config: &Reader<'_>) -> Result<Option<RopeScaling>> {
     }
 }
 
-fn local_layers(config: &Reader<'_>, layers: usize) -> Result<Vec<bool>> {
+/// The layers that look at the sliding window only.
+fn local_layers(config: &Reader<'_>, family: Family, layers: usize) -> Result<Vec<bool>> {
     if let Some(types) = config.get("layer_types").and_then(Value::as_array) {
         if types.len() != layers {
             return Err(config.wrong("layer_types", "one entry a layer"));
         }
         return Ok(types.iter().map(|t| t == "sliding_attention").collect());
     }
-    let every = config.size_or("sliding_window_pattern", Some(6))?;
-    Ok((1..=layers).map(|layer| layer % every != 0).collect())
+    match family {
+        Family::Gemma3 => {
+            let every = config.size_or("sliding_window_pattern", Some(6))?;
+            Ok((1..=layers).map(|layer| layer % every != 0).collect())
+        }
+        Family::Qwen2 | Family::Qwen3 => {
+            let from = config
+                .get("max_window_layers")
+                .and_then(Value::as_u64)
+                .unwrap_or(28);
+            Ok((0..layers as u64).map(|layer| layer >= from).collect())
+        }
+        Family::Llama | Family::Mistral => Ok(vec![true; layers]),
+    }
 }
 
 fn end_tokens(config: &Reader<'_>) -> Vec<u32> {
@@ -346,6 +377,31 @@ fn end_tokens(config: &Reader<'_>) -> Vec<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rotary_parameters_may_differ_by_the_kind_of_layer() {
+        let gemma = parse(
+            r#""model_type": "gemma3_text", "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 2e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5e3}}"#,
+        )
+        .unwrap();
+        assert_eq!((gemma.rope_theta, gemma.local_rope_theta), (2e6, Some(5e3)));
+        assert_eq!(gemma.rope_scaling, Some(RopeScaling::Linear(8.0)));
+        assert_eq!(gemma.rope_frequencies(true)[0], 1.0);
+        assert_eq!(gemma.rope_frequencies(false)[0], 0.125);
+    }
+
+    #[test]
+    fn windows_belong_to_the_layers_that_have_them() {
+        let mistral = parse(r#""model_type": "mistral", "sliding_window": 8"#).unwrap();
+        assert_eq!((mistral.window(0, 9), mistral.window(6, 8)), (Some(8), None));
+        let qwen = r#""model_type": "qwen2", "sliding_window": 8, "max_window_layers": 5"#;
+        let plain = parse(&format!(r#"{qwen}, "use_sliding_window": false"#)).unwrap();
+        assert_eq!(plain.window(6, 64), None);
+        let some = parse(&format!(r#"{qwen}, "use_sliding_window": true"#)).unwrap();
+        assert_eq!((some.window(4, 64), some.window(5, 64)), (None, Some(8)));
+    }
 
     const BASE: &str = r#""hidden_size": 64, "num_hidden_layers": 7, "num_attention_heads": 4,
         "intermediate_size": 128, "vocab_size": 100"#;

@@ -2,21 +2,22 @@
 
 mod tokenizer;
 
-use std::io::Cursor;
+use std::fs::File;
+use std::io::BufReader;
+use std::ops::Range;
 use std::path::Path;
 
-use bytes::Bytes;
 use candle_core::Device;
-use candle_core::quantized::gguf_file::{Content, Value};
-use candle_coreml_mil::Source;
+use candle_core::quantized::gguf_file::{Content, TensorInfo, Value};
 use serde_json::{Map, json};
 
 use crate::error::{Error, Result};
+use crate::weights::SharedFile;
 
 /// An opened GGUF file; tensors stay in the mapped file until they are read.
 pub(crate) struct GgufFile {
     name: String,
-    bytes: Bytes,
+    file: SharedFile,
     content: Content,
 }
 
@@ -48,14 +49,11 @@ enum Undo {
 impl GgufFile {
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let name = path.display().to_string();
-        let file = path
-            .file_name()
-            .map(|n| n.to_string_lossy().into_owned())
-            .unwrap_or_default();
-        let bytes = Source::directory(path.parent().unwrap_or(Path::new(""))).read(&file)?;
-        let content =
-            Content::read(&mut Cursor::new(&bytes)).map_err(|e| Error::malformed(&name, e.to_string()))?;
-        Ok(GgufFile { name, bytes, content })
+        let file = File::open(path).map_err(Error::io(path))?;
+        let mut reader = BufReader::new(file);
+        let content = Content::read(&mut reader).map_err(|e| Error::malformed(&name, e.to_string()))?;
+        let file = SharedFile::new(name.clone(), reader.into_inner());
+        Ok(GgufFile { name, file, content })
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -211,30 +209,60 @@ impl GgufFile {
         Ok(tensors)
     }
 
-    pub(crate) fn read(&self, tensor: &GgufTensor) -> Result<Vec<f32>> {
-        let wrong = |e: candle_core::Error| Error::tensor(&tensor.stored, e.to_string());
-        let mut reader = Cursor::new(&self.bytes);
-        let read = self.content.tensor(&mut reader, &tensor.stored, &Device::Cpu);
-        let dense = read.and_then(|t| t.dequantize(&Device::Cpu)).map_err(wrong)?;
-        let mut values = dense
-            .flatten_all()
-            .and_then(|t| t.to_vec1::<f32>())
-            .map_err(wrong)?;
+    /// Rows of a tensor as 32-bit floats.
+    pub(crate) fn read(&self, tensor: &GgufTensor, rows: Range<usize>) -> Result<Vec<f32>> {
+        let all = tensor.shape.first().copied().unwrap_or(1);
+        if rows.start > rows.end || rows.end > all {
+            return Err(Error::tensor(
+                &tensor.stored,
+                format!("no rows {rows:?} of {all}"),
+            ));
+        }
         match tensor.undo {
-            Undo::Nothing => {}
-            Undo::One => values.iter_mut().for_each(|v| *v -= 1.0),
+            Undo::Nothing => self.rows(tensor, rows),
+            Undo::One => Ok(self.rows(tensor, rows)?.into_iter().map(|v| v - 1.0).collect()),
             Undo::Pairs(heads) => {
-                let rows = tensor.shape.first().copied().unwrap_or(0);
-                if heads == 0 || rows % (2 * heads) != 0 {
+                if heads == 0 || all % (2 * heads) != 0 {
                     return Err(Error::tensor(
                         &tensor.stored,
-                        format!("{rows} rows are not {heads} heads of pairs"),
+                        format!("{all} rows are not {heads} heads of pairs"),
                     ));
                 }
-                values = without_pairs(&values, rows, heads);
+                let values = without_pairs(&self.rows(tensor, 0..all)?, all, heads);
+                let row = values.len() / all;
+                Ok(values[rows.start * row..rows.end * row].to_vec())
             }
         }
-        Ok(values)
+    }
+
+    /// Rows as they are stored, widened.
+    fn rows(&self, tensor: &GgufTensor, rows: Range<usize>) -> Result<Vec<f32>> {
+        let wrong = |e: candle_core::Error| Error::tensor(&tensor.stored, e.to_string());
+        let info = self.content.tensor_infos.get(&tensor.stored);
+        let info = info.ok_or_else(|| Error::tensor(&tensor.stored, "not in the file"))?;
+        let (block, size) = (info.ggml_dtype.block_size(), info.ggml_dtype.type_size());
+        let row: usize = tensor.shape.iter().skip(1).product();
+        // A row is whole blocks, or the tensor is read whole: vectors.
+        let (shape, skip, take) = if row.is_multiple_of(block) {
+            let mut shape = tensor.shape.clone();
+            if let Some(first) = shape.first_mut() {
+                *first = rows.len();
+            }
+            (shape, rows.start * (row / block) * size, 0..rows.len() * row)
+        } else {
+            (tensor.shape.clone(), 0, rows.start * row..rows.end * row)
+        };
+        let part = TensorInfo {
+            ggml_dtype: info.ggml_dtype,
+            shape: shape.into(),
+            offset: info.offset + skip as u64,
+        };
+        let read = |file: &mut File| part.read(file, self.content.tensor_data_offset, &Device::Cpu);
+        let dense = self.file.with(read).and_then(|t| t.dequantize(&Device::Cpu));
+        let values = dense
+            .and_then(|t| t.flatten_all()?.to_vec1::<f32>())
+            .map_err(wrong)?;
+        Ok(values.get(take).unwrap_or_default().to_vec())
     }
 
     /// `tokenizer.json` and `tokenizer_config.json`.

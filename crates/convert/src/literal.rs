@@ -21,6 +21,12 @@ pub fn ints(values: &[i32]) -> Value {
     tensor(DType::Int32, &[values.len()], bytes)
 }
 
+/// Integers in a shape; there is one for each element.
+pub fn int_tensor(values: &[i32], shape: &[usize]) -> Value {
+    let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+    tensor(DType::Int32, shape, bytes)
+}
+
 /// A truth value.
 pub fn flag(value: bool) -> Value {
     tensor(DType::Bool, &[], vec![u8::from(value)])
@@ -38,6 +44,15 @@ pub fn flags(values: &[bool]) -> Value {
 /// A 16-bit float, rounded to the nearest.
 pub fn half(value: f32) -> Value {
     tensor(DType::Fp16, &[], f16::from_f32(value).to_le_bytes().to_vec())
+}
+
+/// 16-bit floats in a shape; there is one for each element.
+pub fn halves(values: &[f16], shape: &[usize]) -> Value {
+    tensor(
+        DType::Fp16,
+        shape,
+        values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+    )
 }
 
 /// A 32-bit float.

@@ -47,9 +47,12 @@ impl Reference {
         if let Some(scale) = c.embedding_scale {
             x = checked(x.affine(f64::from(scale), 0.0))?;
         }
-        let mask = checked(causal(tokens.len()))?;
+        let masks = [None, c.sliding_window].map(|window| causal(tokens.len(), window));
+        let [whole, window] = masks;
+        let (whole, window) = (checked(whole)?, checked(window)?);
         for layer in 0..c.layers {
-            x = self.layer(&x, layer, &mask)?;
+            let mask = if c.is_local(layer) { &window } else { &whole };
+            x = self.layer(&x, layer, mask)?;
         }
         let x = self.norm(&x, &format!("{}norm.weight", self.root))?;
         let head = ["lm_head.weight", "language_model.lm_head.weight"]
@@ -150,9 +153,16 @@ fn checked<T>(result: candle_core::Result<T>) -> Result<T> {
     result.map_err(|e| Error::tensor("(reference)", e.to_string()))
 }
 
-fn causal(n: usize) -> candle_core::Result<Tensor> {
+fn causal(n: usize, window: Option<usize>) -> candle_core::Result<Tensor> {
+    let hidden = |query: usize, key: usize| key > query || window.is_some_and(|w| query - key >= w);
     let mask: Vec<f32> = (0..n * n)
-        .map(|i| if i % n > i / n { f32::NEG_INFINITY } else { 0.0 })
+        .map(|i| {
+            if hidden(i / n, i % n) {
+                f32::NEG_INFINITY
+            } else {
+                0.0
+            }
+        })
         .collect();
     Tensor::from_vec(mask, (n, n), &Device::Cpu)
 }

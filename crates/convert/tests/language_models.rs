@@ -6,12 +6,12 @@ mod support;
 
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
-use candle_coreml::{CoreMLModel, CoreMLState};
+use candle_coreml::CoreMLModel;
 use candle_coreml_convert::{
     Compression, LanguageModelOptions, Layout, Reference, convert_language_model, plan_language_model,
 };
 use candle_coreml_llm::{Bundle, LanguageModel, LoadOptions, Prediction};
+use support::run::{anemll, furthest, stateful, step};
 use support::{LAYERS, VOCABULARY, checkpoint, shared};
 
 /// Families with what their configurations add.
@@ -59,60 +59,6 @@ fn tokens(count: usize) -> Vec<u32> {
     (0..count)
         .map(|i| u32::try_from((i * i * 7 + i * 3 + 1) % VOCABULARY).unwrap())
         .collect()
-}
-
-/// Logits after the last of `tokens` from packages in ANEMLL's layout.
-fn anemll(folder: &Path, tokens: &[u32]) -> Vec<f32> {
-    let mut model = Bundle::open(folder)
-        .unwrap()
-        .load(&LoadOptions::default())
-        .unwrap();
-    let mut cached = 0;
-    while cached + 1 < tokens.len() {
-        cached = model.prefill(&tokens[..tokens.len() - 1], cached).unwrap();
-    }
-    match model.decode(tokens).unwrap() {
-        Prediction::Logits(logits) => logits.to_vec(),
-        Prediction::Token(token) => panic!("token {token} without logits"),
-    }
-}
-
-/// One call of a stateful package: logits after the last of `new`, with `cached` tokens in the state.
-fn step(model: &CoreMLModel, state: &mut CoreMLState, new: &[u32], cached: usize) -> Vec<f32> {
-    let (n, all) = (new.len(), cached + new.len());
-    let ids = Tensor::new(new, &Device::Cpu)
-        .unwrap()
-        .to_dtype(DType::I64)
-        .unwrap()
-        .reshape((1, n))
-        .unwrap();
-    let hidden = |i: usize| {
-        if i % all > cached + i / all {
-            f32::NEG_INFINITY
-        } else {
-            0.0
-        }
-    };
-    let mask: Vec<f32> = (0..n * all).map(hidden).collect();
-    let mask = Tensor::from_vec(mask, (1, 1, n, all), &Device::Cpu).unwrap();
-    let outputs = model
-        .predict_with_state(&[("inputIds", &ids), ("causalMask", &mask)], state)
-        .unwrap();
-    let logits = outputs.tensor("logits").unwrap().to_dtype(DType::F32).unwrap();
-    logits.squeeze(0).unwrap().get(n - 1).unwrap().to_vec1().unwrap()
-}
-
-fn stateful(folder: &Path, tokens: &[u32]) -> Vec<f32> {
-    let model = CoreMLModel::load(folder.join("model.mlpackage")).unwrap();
-    let mut state = model.make_state().unwrap();
-    let (first, last) = tokens.split_at(tokens.len() - 1);
-    step(&model, &mut state, first, 0);
-    step(&model, &mut state, last, first.len())
-}
-
-fn furthest(a: &[f32], b: &[f32]) -> f32 {
-    assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
 fn last_row(reference: &Reference, tokens: &[u32]) -> Vec<f32> {
@@ -166,44 +112,18 @@ fn compressed_weights_stay_near_the_original_and_progress_reaches_the_end() {
     let size = expected.iter().fold(0f32, |m, v| m.max(v.abs()));
     let mut failures = Vec::new();
     for (how, most) in [
-        (Compression::Palette { bits: 8, group: None }, 0.05),
-        (
-            Compression::Palette {
-                bits: 6,
-                group: Some(8),
-            },
-            0.1,
-        ),
-        (
-            Compression::Palette {
-                bits: 4,
-                group: Some(8),
-            },
-            0.4,
-        ),
-        (Compression::Linear { bits: 8, block: None }, 0.05),
-        (
-            Compression::Linear {
-                bits: 4,
-                block: Some(16),
-            },
-            0.4,
-        ),
-        (
-            Compression::Sparse {
-                zeros: 0.05,
-                palette: None,
-            },
-            0.1,
-        ),
-        (
-            Compression::Sparse {
-                zeros: 0.05,
-                palette: Some(8),
-            },
-            0.1,
-        ),
+        ("palette:8", 0.05),
+        ("palette:6:group=8", 0.1),
+        ("palette:4:group=8", 0.4),
+        ("palette:8:group=16:vector=2", 0.4),
+        ("int8", 0.05),
+        ("int4:block=16", 0.4),
+        ("sparse:0.05", 0.1),
+        ("sparse:0.05+palette:8", 0.1),
+        ("sparse:0.05+palette:8:table=int8", 0.2),
+        ("sparse:0.05+int8", 0.1),
     ] {
+        let how: Compression = how.parse().unwrap();
         let to = tempfile::tempdir().unwrap();
         let options = LanguageModelOptions {
             layers: how,
@@ -218,7 +138,7 @@ fn compressed_weights_stay_near_the_original_and_progress_reaches_the_end() {
         let error = furthest(&anemll(to.path(), &tokens), &expected) / size;
         if error.is_nan() || error > most || error == 0.0 || last.0 != last.1 {
             failures.push(format!(
-                "{how:?}: off by {error}, at most {most}; progress {last:?}"
+                "{how}: off by {error}, at most {most}; progress {last:?}"
             ));
         }
     }
@@ -283,13 +203,6 @@ fn a_plan_names_packages_and_wrong_options_are_refused_before_anything_is_writte
     );
     let to = folder.path().join("out");
     for (options, expected) in [
-        (
-            LanguageModelOptions {
-                context: 17,
-                ..base.clone()
-            },
-            "sliding window of 16",
-        ),
         (
             LanguageModelOptions {
                 context: 65,

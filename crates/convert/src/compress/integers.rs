@@ -5,17 +5,22 @@ use half::f16;
 
 use super::{Encoded, Part, f16_bytes, map_parallel, pack_bits};
 
+/// The element type of integers of that many bits.
+pub(super) fn data_type(bits: u32) -> Result<DType, String> {
+    match bits {
+        4 => Ok(DType::Int4),
+        8 => Ok(DType::Int8),
+        other => Err(format!("integers of {other} bits; 4 and 8 are allowed")),
+    }
+}
+
 pub(super) fn encode(
     shape: &[usize],
     values: &[f16],
     bits: u32,
     block: Option<usize>,
 ) -> Result<Vec<Encoded>, String> {
-    let dtype = match bits {
-        4 => DType::Int4,
-        8 => DType::Int8,
-        other => return Err(format!("integers of {other} bits; 4 and 8 are allowed")),
-    };
+    let dtype = data_type(bits)?;
     let &[outer, inner, ref rest @ ..] = shape else {
         return Err(format!("shape {shape:?} has no input channels"));
     };
@@ -42,7 +47,7 @@ pub(super) fn encode(
 }
 
 /// The scale with the least squared error among a few, and the integers' lowest bits.
-fn quantize(values: &[f16], bits: u32) -> (f16, Vec<u8>) {
+pub(super) fn quantize(values: &[f16], bits: u32) -> (f16, Vec<u8>) {
     let largest = values.iter().fold(0f32, |m, v| m.max(v.to_f32().abs()));
     let top = f32::from((1u8 << (bits - 1)) - 1);
     let code = |v: f16, scale: f32| (v.to_f32() / scale).round_ties_even().clamp(-top - 1.0, top);

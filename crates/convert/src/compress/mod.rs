@@ -1,46 +1,22 @@
 //! Smaller weights: palettes, integers and sparse forms, as the `constexpr_*` operators of iOS 18 read them.
 
+mod decode;
+mod how;
 mod integers;
 mod kmeans;
 mod package;
 mod palette;
 mod parallel;
 mod sparse;
+mod vectors;
 
 use candle_coreml_mil::{TensorType, Value, ValueData, ValueType};
 use half::f16;
 
+pub(crate) use decode::decode;
+pub use how::{Compression, Kept, Palette, Table};
 pub use package::{CompressOptions, CompressReport, Progress, compress_package};
 pub(crate) use parallel::map_parallel;
-
-/// How a weight is stored.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub enum Compression {
-    /// 16-bit floats as they are.
-    #[default]
-    None,
-    /// Indices into tables of 2^`bits` values that make the squared error least.
-    Palette {
-        /// 1, 2, 3, 4, 6 or 8.
-        bits: u32,
-        /// Output channels that share a table; `None` for one table.
-        group: Option<usize>,
-    },
-    /// Integers times a scale: one an output channel, or one a block of inputs.
-    Linear {
-        /// 4 or 8.
-        bits: u32,
-        /// Inputs that share a scale; `None` for a whole channel.
-        block: Option<usize>,
-    },
-    /// Zeros left out.
-    Sparse {
-        /// Share of the values, the smallest ones, that become 0; from 0 to 1.
-        zeros: f32,
-        /// Bits of the palette of the values that stay; `None` for floats.
-        palette: Option<u32>,
-    },
-}
 
 /// One operation of a stored weight before it is written.
 #[derive(Debug, Clone)]
@@ -61,50 +37,21 @@ pub(crate) enum Part {
 }
 
 impl Compression {
+    /// What a weight of this shape is after it was stored so and read again.
+    ///
+    /// # Errors
+    /// What does not fit the shape.
+    pub fn round_trip(&self, shape: &[usize], values: &[f16]) -> Result<Vec<f32>, String> {
+        decode(&self.encode(shape, values)?).ok_or_else(|| format!("{self} is not read back"))
+    }
+
     /// The operations that give `values` back. The text of an error is for whoever knows the tensor's name.
     pub(crate) fn encode(&self, shape: &[usize], values: &[f16]) -> Result<Vec<Encoded>, String> {
         match *self {
             Compression::None => Ok(vec![plain(shape, values)]),
-            Compression::Palette { bits, group } => palette::encode(shape, values, bits, group),
+            Compression::Palette(how) => palette::encode(shape, values, how),
             Compression::Linear { bits, block } => integers::encode(shape, values, bits, block),
-            Compression::Sparse { zeros, palette } => sparse::encode(shape, values, zeros, palette),
-        }
-    }
-
-    /// True when a weight of this shape can be stored so; others stay as they are.
-    pub fn fits(&self, shape: &[usize]) -> bool {
-        let divides = |n: Option<usize>, at: usize| match (n, shape.get(at)) {
-            (None, _) => true,
-            (Some(n), Some(size)) => n > 0 && size % n == 0,
-            (Some(_), None) => false,
-        };
-        shape.len() >= 2
-            && match *self {
-                Compression::Palette { group, .. } => divides(group, 0),
-                Compression::Linear { block, .. } => divides(block, 1),
-                Compression::None | Compression::Sparse { .. } => true,
-            }
-    }
-
-    /// Bits of a palette, what `_lutN` in file names says.
-    pub fn palette_bits(&self) -> Option<u32> {
-        match *self {
-            Compression::Palette { bits, .. } => Some(bits),
-            _ => None,
-        }
-    }
-
-    /// Bytes that `count` values take, tables and scales not counted.
-    pub(crate) fn estimated_bytes(&self, count: u64) -> u64 {
-        match *self {
-            Compression::None => count * 2,
-            Compression::Palette { bits, .. } | Compression::Linear { bits, .. } => {
-                (count * u64::from(bits)).div_ceil(8)
-            }
-            Compression::Sparse { zeros, palette } => {
-                let kept = (count as f64 * f64::from(1.0 - zeros)) as u64;
-                count.div_ceil(8) + (kept * u64::from(palette.unwrap_or(16))).div_ceil(8)
-            }
+            Compression::Sparse { zeros, kept } => sparse::encode(shape, values, zeros, kept),
         }
     }
 }
@@ -168,21 +115,5 @@ mod tests {
             [0b0011_1111, 0b1111_0000, 0b0000_0011]
         );
         assert_eq!(pack_bits(&[200, 3], 8), [200, 3]);
-    }
-
-    #[test]
-    fn shapes_that_groups_do_not_divide_do_not_fit() {
-        let grouped = Compression::Palette {
-            bits: 4,
-            group: Some(8),
-        };
-        assert!(grouped.fits(&[16, 3]) && !grouped.fits(&[12, 3]) && !grouped.fits(&[16]));
-        assert!(
-            !Compression::Linear {
-                bits: 4,
-                block: Some(32)
-            }
-            .fits(&[8, 48, 1, 1])
-        );
     }
 }

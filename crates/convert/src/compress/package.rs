@@ -9,7 +9,7 @@ use candle_coreml_mil::{
 };
 use half::f16;
 
-use super::Compression;
+use super::{Compression, decode};
 use crate::builder::{StepInput, WeightStep, named, write_step};
 use crate::error::{Error, Result};
 
@@ -23,6 +23,15 @@ pub struct CompressOptions {
     pub compression: Compression,
     /// Weights with fewer values stay as they are.
     pub least_values: usize,
+    /// Weights whose names contain a text are stored in another way; the first that fits counts.
+    pub only: Vec<(String, Compression)>,
+}
+
+impl CompressOptions {
+    fn how(&self, name: &str) -> &Compression {
+        let special = self.only.iter().find(|(part, _)| name.contains(part.as_str()));
+        special.map_or(&self.compression, |(_, how)| how)
+    }
 }
 
 impl From<Compression> for CompressOptions {
@@ -30,6 +39,7 @@ impl From<Compression> for CompressOptions {
         CompressOptions {
             compression,
             least_values: LEAST_VALUES,
+            only: Vec::new(),
         }
     }
 }
@@ -54,6 +64,19 @@ pub struct CompressReport {
     pub values: u64,
     /// Size of the weight files before and after.
     pub bytes: (u64, u64),
+    /// Summed squares of the compressed weights, and of what they differ from their originals by.
+    pub squares: (f64, f64),
+}
+
+impl CompressReport {
+    /// Root of the mean squared error as a share of the root of the mean squared weight.
+    pub fn relative_error(&self) -> f64 {
+        if self.squares.0 > 0.0 {
+            (self.squares.1 / self.squares.0).sqrt()
+        } else {
+            0.0
+        }
+    }
 }
 
 /// Writes the package `from` to `to` with its weights compressed: `const` tensors of 16-bit floats with two or more dimensions.
@@ -165,18 +188,21 @@ impl Work<'_> {
     /// The operations of a weight; none when it stays as it is.
     fn encode(&mut self, name: &str, blob: &BlobRef, ty: &TensorType) -> Result<Vec<WeightStep>> {
         let shape = ty.fixed_shape().unwrap_or_default();
-        if !self.options.compression.fits(&shape) {
-            self.report
-                .kept
-                .push((name.to_owned(), "its shape is not divided by the groups"));
+        let how = self.options.how(name);
+        let kept = match how {
+            Compression::None => Some("asked for"),
+            _ if !how.fits(&shape) => Some("its shape is not divided by the groups"),
+            _ => None,
+        };
+        if let Some(why) = kept {
+            self.report.kept.push((name.to_owned(), why));
             return Ok(Vec::new());
         }
         let values = floats(&self.model.blob(blob, ty)?);
-        let encoded = self
-            .options
-            .compression
-            .encode(&shape, &values)
-            .map_err(|e| Error::tensor(name, e))?;
+        let encoded = how.encode(&shape, &values).map_err(|e| Error::tensor(name, e))?;
+        let (size, error) = squares(&values, &decode(&encoded).unwrap_or_default());
+        self.report.squares.0 += size;
+        self.report.squares.1 += error;
         let steps = encoded
             .iter()
             .map(|e| write_step(&mut self.writer, e))
@@ -283,6 +309,15 @@ fn total_values(program: &Program, options: &CompressOptions) -> u64 {
         }
     }
     seen.values().sum()
+}
+
+/// Summed squares of values, and of what they differ from `back` by.
+fn squares(values: &[f16], back: &[f32]) -> (f64, f64) {
+    let add = |(size, error): (f64, f64), (v, b): (&f16, &f32)| {
+        let v = v.to_f32();
+        (size + f64::from(v * v), error + f64::from((v - b) * (v - b)))
+    };
+    values.iter().zip(back).fold((0.0, 0.0), add)
 }
 
 fn floats(bytes: &[u8]) -> Vec<f16> {

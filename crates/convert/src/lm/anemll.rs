@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use candle_coreml_mil::{DType, Dim, Flexibility, TensorType};
 
-use super::decoder::{Rotary, RotaryTables, activate, add_residual, norm, parts};
+use super::decoder::{Rotary, RotaryTables, activate, add_residual, norm, parts, within_window};
 use super::tensors::{LayerWeights, Projection, Shapes};
 use super::{Job, LanguageModelOptions, head_splits};
 use crate::builder::{ProgramBuilder, Weight};
@@ -92,9 +92,8 @@ pub(super) fn write(job: &mut Job<'_>) -> Result<()> {
 fn embeddings(job: &mut Job<'_>, name: &str) -> Result<()> {
     let (c, o) = (job.config, job.options);
     let mut package = ProgramBuilder::create(job.to.join(name))?;
-    let values = job.tensors.embeddings()?;
-    let table = package.weight("embed_tokens", &[c.vocabulary, c.hidden], &values, &o.embeddings)?;
-    job.stored(values.len() as u64);
+    let table = job.tensors.embeddings(&mut package, &o.embeddings)?;
+    job.stored((c.vocabulary * c.hidden) as u64);
     let mut f = FunctionBuilder::new("main");
     let shapes = Flexibility::Enumerated(vec![vec![1, 1], vec![1, o.batch]]);
     let ids = f.flexible_input("input_ids", DType::Int32, &[1, 1], shapes)?;
@@ -112,19 +111,14 @@ fn embeddings(job: &mut Job<'_>, name: &str) -> Result<()> {
 fn head(job: &mut Job<'_>, name: &str) -> Result<()> {
     let (c, o) = (job.config, job.options);
     let mut package = ProgramBuilder::create(job.to.join(name))?;
-    let values = job.tensors.head()?;
     let mut weights = Vec::new();
     for (i, rows) in head_parts(c, o).into_iter().enumerate() {
-        let part = &values[rows.start * c.hidden..rows.end * c.hidden];
-        let how = if o.head.fits(&[rows.len(), c.hidden]) {
-            o.head
-        } else {
-            whole(&o.head)
-        };
+        let part = job.tensors.head_rows(rows.clone())?;
+        let how = o.head.relaxed(&[rows.len(), c.hidden]);
         weights.push(package.weight(
             &format!("lm_head_{}", i + 1),
             &[rows.len(), c.hidden, 1, 1],
-            part,
+            &part,
             &how,
         )?);
         job.stored(part.len() as u64);
@@ -159,14 +153,6 @@ fn head(job: &mut Job<'_>, name: &str) -> Result<()> {
     ];
     package.metadata(job.metadata("Language head", &more));
     package.finish()
-}
-
-/// The same bits with one table or scale where groups do not divide a part.
-fn whole(how: &Compression) -> Compression {
-    match *how {
-        Compression::Palette { bits, .. } => Compression::Palette { bits, group: None },
-        other => other,
-    }
 }
 
 /// Index and value of the largest of `logits` [1, 1, n], each [1].
@@ -215,7 +201,8 @@ fn write_chunk(job: &mut Job<'_>, chunk: usize, name: &str) -> Result<()> {
     for layer in layers_of(c.layers, o.chunks, chunk) {
         layers.push((
             layer,
-            job.tensors.layer(&mut package, layer, Shapes::Conv, &o.layers)?,
+            job.tensors
+                .layer(&mut package, layer, Shapes::Conv, o.layer(layer))?,
         ));
         job.stored(super::layer_values(c));
     }
@@ -248,6 +235,8 @@ struct Call<'a> {
     tokens: usize,
     context: usize,
     mask: Var,
+    /// The mask of the layers with a sliding window, where there are any.
+    local_mask: Option<Var>,
     state: Var,
     /// First position written, and the one after the last, each [1].
     slots: (Var, Var),
@@ -276,11 +265,24 @@ fn chunk_function(
     })?);
     let to = f.op("add", &[("x", (&from).into()), ("y", count.into())], from.ty())?;
     let rotary = weights.rotary.at(&mut f, &positions)?;
+    let window = weights
+        .layers
+        .iter()
+        .find_map(|(layer, _)| c.window(*layer, o.context));
+    let local_mask = match window {
+        Some(window) => {
+            let keys: Vec<usize> = (0..o.context).collect();
+            let keys = literal::int_tensor(&crate::layers::as_i32(&keys)?, &[1, 1, 1, o.context]);
+            Some(within_window(&mut f, &mask, &positions, keys.into(), window)?)
+        }
+        None => None,
+    };
     let call = Call {
         config: c,
         tokens,
         context: o.context,
         mask,
+        local_mask,
         state,
         slots: (from, to),
         rotary,
@@ -358,7 +360,8 @@ impl Call<'_> {
         let values = self.cached(f, &cache, c.layers + layer)?;
         let scores = f.matmul(&q, &keys, true)?;
         let scores = f.scale(&scores, c.attention_scale)?;
-        let scores = f.add(&scores, &self.mask)?;
+        let mask = self.local_mask.as_ref().filter(|_| local).unwrap_or(&self.mask);
+        let scores = f.add(&scores, mask)?;
         let shares = f.softmax(&scores)?;
         let out = f.matmul(&shares, &values, false)?;
         let width = c.heads * c.head_dim;

@@ -1,5 +1,6 @@
 //! The parts of a decoder layer that both layouts share.
 
+use candle_coreml_mil::{DType, TensorType};
 use half::f16;
 
 use super::tensors::Projection;
@@ -7,7 +8,9 @@ use crate::builder::{ProgramBuilder, Weight};
 use crate::compress::Compression;
 use crate::config::{DecoderConfig, Family};
 use crate::error::Result;
-use crate::function::{FunctionBuilder, Var};
+use crate::function::{Arg, FunctionBuilder, Var};
+use crate::layers::as_i32;
+use crate::literal;
 
 /// Cosines and sines, [positions, head_dim], for global and, in Gemma 3, local layers.
 pub(super) struct RotaryTables {
@@ -87,6 +90,33 @@ fn tables(frequencies: &[f64], positions: usize) -> (Vec<f16>, Vec<f16>) {
         angles().map(|a| f16::from_f64(a.cos())).collect(),
         angles().map(|a| f16::from_f64(a.sin())).collect(),
     )
+}
+
+/// `mask` [1, 1, n, k] without the keys that lie `window` or more positions before their query. `queries` holds the
+/// positions of the n queries, `keys` those of the k keys.
+pub(super) fn within_window(
+    f: &mut FunctionBuilder,
+    mask: &Var,
+    queries: &Var,
+    keys: Arg,
+    window: usize,
+) -> Result<Var> {
+    let queries = f.reshape(queries, &[1, 1, -1, 1])?;
+    let shape = mask.dims().to_vec();
+    let of = |dtype: DType| TensorType {
+        dtype,
+        shape: shape.clone(),
+    };
+    let distance = f.op("sub", &[("x", (&queries).into()), ("y", keys)], &of(DType::Int32))?;
+    let window = literal::int(as_i32(&[window])?[0]);
+    let args = [("x", (&distance).into()), ("y", window.into())];
+    let outside = f.op("greater_equal", &args, &of(DType::Bool))?;
+    let args = [
+        ("cond", (&outside).into()),
+        ("a", literal::half(f32::NEG_INFINITY).into()),
+        ("b", mask.into()),
+    ];
+    f.op("select", &args, mask.ty())
 }
 
 /// The projection's weight and bias in this function.

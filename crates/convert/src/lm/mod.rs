@@ -6,6 +6,7 @@ mod files;
 mod stateful;
 mod tensors;
 
+use std::ops::Range;
 use std::path::Path;
 
 use candle_coreml_mil::Metadata;
@@ -46,6 +47,8 @@ pub struct LanguageModelOptions {
     pub embeddings: Compression,
     /// How the layers' projections are stored.
     pub layers: Compression,
+    /// Layers that are stored in another way; the first range that has a layer counts.
+    pub mixed: Vec<(Range<usize>, Compression)>,
     /// How the head is stored.
     pub head: Compression,
     /// The model's name in `meta.yaml`; empty for the folder's.
@@ -63,9 +66,18 @@ impl Default for LanguageModelOptions {
             argmax: false,
             embeddings: Compression::None,
             layers: Compression::None,
+            mixed: Vec::new(),
             head: Compression::None,
             name: String::new(),
         }
+    }
+}
+
+impl LanguageModelOptions {
+    /// How the projections of a layer are stored.
+    pub fn layer(&self, layer: usize) -> &Compression {
+        let special = self.mixed.iter().find(|(range, _)| range.contains(&layer));
+        special.map_or(&self.layers, |(_, how)| how)
     }
 }
 
@@ -89,7 +101,7 @@ pub struct Plan {
 /// ```no_run
 /// use candle_coreml_convert::{Compression, LanguageModelOptions, convert_language_model};
 ///
-/// let palette = Compression::Palette { bits: 4, group: Some(8) };
+/// let palette = Compression::palette(4, Some(8));
 /// let options = LanguageModelOptions { context: 1024, layers: palette, ..Default::default() };
 /// convert_language_model("Qwen3-0.6B", "qwen3-coreml", &options, &mut |p| {
 ///     eprintln!("{} of {} weights", p.done, p.total);
@@ -137,6 +149,14 @@ pub fn plan_language_model(from: impl AsRef<Path>, options: &LanguageModelOption
     make_plan(&source.config, options)
 }
 
+/// The configuration of a language model: a Hugging Face folder or a GGUF file.
+///
+/// # Errors
+/// [`Error::Unsupported`] for models that are not converted, [`Error::Malformed`] and [`Error::Io`] for files.
+pub fn read_config(from: impl AsRef<Path>) -> Result<DecoderConfig> {
+    Ok(Input::open(from.as_ref())?.config)
+}
+
 /// One conversion under way.
 struct Job<'a> {
     tensors: Tensors<'a>,
@@ -180,17 +200,24 @@ impl Job<'_> {
 
 fn check(config: &DecoderConfig, options: &LanguageModelOptions) -> Result<()> {
     let wrong = |option, problem: String| Err(Error::Option { option, problem });
+    let forms = [&options.embeddings, &options.layers, &options.head];
+    let mixed = options.mixed.iter().map(|(_, how)| how);
+    forms.into_iter().chain(mixed).try_for_each(Compression::check)?;
+    if let Some((range, _)) = options.mixed.iter().find(|(r, _)| r.end > config.layers) {
+        return wrong(
+            "mix",
+            format!(
+                "layer {}; the model has 0 to {}",
+                range.end - 1,
+                config.layers - 1
+            ),
+        );
+    }
     let context = options.context;
     if context == 0 || context > config.max_positions {
         return wrong(
             "context",
             format!("{context}; the model has 1 to {} positions", config.max_positions),
-        );
-    }
-    if let Some(window) = config.sliding_window.filter(|w| *w < context) {
-        return wrong(
-            "context",
-            format!("{context}; up to the sliding window of {window} positions is supported"),
         );
     }
     if options.layout == Layout::Stateful {
@@ -238,11 +265,16 @@ fn make_plan(config: &DecoderConfig, options: &LanguageModelOptions) -> Result<P
     check(config, options)?;
     let table = (config.vocabulary * config.hidden) as u64;
     let layers = layer_values(config);
+    let layer_bytes = |range: Range<usize>| -> u64 {
+        range
+            .map(|layer| options.layer(layer).estimated_bytes(layers))
+            .sum()
+    };
     let state = 2 * 2 * config.layers * config.kv_heads * config.head_dim * options.context;
     let packages = match options.layout {
         Layout::Stateful => {
             let bytes = options.embeddings.estimated_bytes(table)
-                + options.layers.estimated_bytes(layers * config.layers as u64)
+                + layer_bytes(0..config.layers)
                 + options.head.estimated_bytes(table);
             vec![(
                 "model.mlpackage".to_owned(),
@@ -259,7 +291,7 @@ fn make_plan(config: &DecoderConfig, options: &LanguageModelOptions) -> Result<P
             )];
             for chunk in 0..options.chunks {
                 let range = anemll::layers_of(config.layers, options.chunks, chunk);
-                let bytes = options.layers.estimated_bytes(layers * range.len() as u64);
+                let bytes = layer_bytes(range.clone());
                 list.push((
                     names.chunk(chunk),
                     format!("layers {} to {}", range.start, range.end - 1),

@@ -3,7 +3,7 @@
 use candle_coreml_mil::{DType, Dim, Flexibility, TensorType};
 
 use super::Job;
-use super::decoder::{Rotary, RotaryTables, activate, add_residual, norm, parts};
+use super::decoder::{Rotary, RotaryTables, activate, add_residual, norm, parts, within_window};
 use super::tensors::{LayerWeights, Projection, Shapes};
 use crate::builder::ProgramBuilder;
 use crate::config::DecoderConfig;
@@ -15,21 +15,19 @@ use crate::literal;
 pub(super) fn write(job: &mut Job<'_>) -> Result<()> {
     let (c, o) = (job.config, job.options);
     let mut package = ProgramBuilder::create(job.to.join("model.mlpackage"))?;
-    let values = job.tensors.embeddings()?;
-    let embeddings = package.weight("embed_tokens", &[c.vocabulary, c.hidden], &values, &o.embeddings)?;
-    job.stored(values.len() as u64);
-    drop(values);
+    let embeddings = job.tensors.embeddings(&mut package, &o.embeddings)?;
+    let table = (c.vocabulary * c.hidden) as u64;
+    job.stored(table);
     let mut layers = Vec::new();
     for layer in 0..c.layers {
         layers.push(
             job.tensors
-                .layer(&mut package, layer, Shapes::Matrix, &o.layers)?,
+                .layer(&mut package, layer, Shapes::Matrix, o.layer(layer))?,
         );
         job.stored(super::layer_values(c));
     }
-    let values = job.tensors.head()?;
-    let head = package.weight("lm_head", &[c.vocabulary, c.hidden], &values, &o.head)?;
-    job.stored(values.len() as u64);
+    let head = job.tensors.head(&mut package, &o.head)?;
+    job.stored(table);
     let rotary = RotaryTables::write(&mut package, c, o.context)?;
     let final_norm = job.tensors.final_norm(&mut package)?;
 
@@ -57,6 +55,8 @@ struct Call<'a> {
     config: &'a DecoderConfig,
     ids: Var,
     mask: Var,
+    /// The mask of the layers with a sliding window, where there are any.
+    local_mask: Option<Var>,
     keys: Var,
     values: Var,
     /// Positions cached before this call, and after it, each [1].
@@ -98,10 +98,25 @@ impl<'a> Call<'a> {
         };
         let positions = f.op("range_1d", &args, &some)?;
         let rotary = tables.at(f, &positions)?;
+        let window = (0..c.layers).find_map(|layer| c.window(layer, context));
+        let local_mask = match window {
+            Some(window) => {
+                let args = [
+                    ("start", literal::int(0).into()),
+                    ("end", (&end).into()),
+                    ("step", literal::int(1).into()),
+                ];
+                let keys = f.op("range_1d", &args, &some)?;
+                let keys = f.reshape(&keys, &[1, 1, 1, -1])?;
+                Some(within_window(f, &mask, &positions, (&keys).into(), window)?)
+            }
+            None => None,
+        };
         Ok(Call {
             config: c,
             ids,
             mask,
+            local_mask,
             keys,
             values,
             slots: (before, after),
@@ -147,13 +162,14 @@ impl<'a> Call<'a> {
         if (extra - 1.0).abs() > 1e-6 {
             q = f.scale(&q, extra)?;
         }
+        let mask = self.local_mask.as_ref().filter(|_| local).unwrap_or(&self.mask);
         let k = self.cached(f, &self.keys, layer, &k)?;
         let v = self.cached(f, &self.values, layer, &v)?;
         let args = [
             ("query", (&q).into()),
             ("key", (&k).into()),
             ("value", (&v).into()),
-            ("attn_mask", (&self.mask).into()),
+            ("attn_mask", mask.into()),
         ];
         let out = f.op("scaled_dot_product_attention", &args, q.ty())?;
         let out = f.transpose(&out, &[0, 2, 1, 3])?;

@@ -1,5 +1,7 @@
 //! Where a decoder's tensors are in a checkpoint and what shapes they have.
 
+use std::ops::Range;
+
 use half::f16;
 
 use crate::builder::{ProgramBuilder, Weight};
@@ -65,26 +67,59 @@ impl<'a> Tensors<'a> {
         })
     }
 
-    pub(super) fn embeddings(&self) -> Result<Vec<f16>> {
+    /// Writes the embeddings [vocabulary, hidden].
+    pub(super) fn embeddings(&self, package: &mut ProgramBuilder, how: &Compression) -> Result<Weight> {
         let c = self.config;
-        self.checkpoint.read(
-            &format!("{}embed_tokens.weight", self.root),
-            &[c.vocabulary, c.hidden],
+        let shape = [c.vocabulary, c.hidden];
+        let name = format!("{}embed_tokens.weight", self.root);
+        self.table(package, "embed_tokens", &name, shape, how)
+    }
+
+    /// Writes the head's matrix [vocabulary, hidden].
+    pub(super) fn head(&self, package: &mut ProgramBuilder, how: &Compression) -> Result<Weight> {
+        let c = self.config;
+        self.table(
+            package,
+            "lm_head",
+            &self.head_name()?,
+            [c.vocabulary, c.hidden],
+            how,
         )
     }
 
-    /// The head's matrix [vocabulary, hidden]: the embeddings where they are tied.
-    pub(super) fn head(&self) -> Result<Vec<f16>> {
+    /// Rows of the head's matrix.
+    pub(super) fn head_rows(&self, rows: Range<usize>) -> Result<Vec<f16>> {
         let c = self.config;
+        let shape = [c.vocabulary, c.hidden];
+        self.checkpoint.read_rows(&self.head_name()?, &shape, rows)
+    }
+
+    /// Where the head's matrix is: the embeddings where they are tied.
+    fn head_name(&self) -> Result<String> {
         let names = ["lm_head.weight", "language_model.lm_head.weight"];
         match names.into_iter().find(|n| self.checkpoint.contains(n)) {
-            Some(name) if !c.tied => self.checkpoint.read(name, &[c.vocabulary, c.hidden]),
-            None if !c.tied => Err(Error::tensor(
+            Some(name) if !self.config.tied => Ok(name.to_owned()),
+            None if !self.config.tied => Err(Error::tensor(
                 "lm_head.weight",
                 "not in the checkpoint, and embeddings are not tied",
             )),
-            _ => self.embeddings(),
+            _ => Ok(format!("{}embed_tokens.weight", self.root)),
         }
+    }
+
+    /// A large matrix, streamed where it is stored as it is.
+    fn table(
+        &self,
+        package: &mut ProgramBuilder,
+        to: &str,
+        name: &str,
+        shape: [usize; 2],
+        how: &Compression,
+    ) -> Result<Weight> {
+        if *how == Compression::None {
+            return package.weight_from(to, &shape, &mut self.checkpoint.stream(name, &shape)?);
+        }
+        package.weight(to, &shape, &self.checkpoint.read(name, &shape)?, how)
     }
 
     pub(super) fn final_norm(&self, package: &mut ProgramBuilder) -> Result<Weight> {

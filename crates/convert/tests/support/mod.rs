@@ -1,6 +1,9 @@
 //! Tiny checkpoints made from a seed, and what runs their packages.
 
 #![allow(clippy::unwrap_used)] // a test stops at what it did not expect
+#![allow(dead_code)] // each test uses a part
+
+pub mod run;
 
 use std::path::{Path, PathBuf};
 
@@ -35,14 +38,7 @@ pub fn checkpoint(folder: &Path, model_type: &str, extra: &str) {
         "intermediate_size": {INNER}, "vocab_size": {VOCABULARY}, "max_position_embeddings": 64{extra}}}"#
     );
     std::fs::write(folder.join("config.json"), config).unwrap();
-    let words: Vec<String> = (0..VOCABULARY).map(|i| format!("\"w{i}\": {i}")).collect();
-    let tokenizer = format!(
-        r#"{{"version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": {{"type": "Whitespace"}},
-        "post_processor": null, "decoder": null,
-        "model": {{"type": "WordLevel", "vocab": {{{}}}, "unk_token": "w0"}}}}"#,
-        words.join(", ")
-    );
-    std::fs::write(folder.join("tokenizer.json"), tokenizer).unwrap();
+    write_tokenizer(folder, VOCABULARY);
     let mut numbers = Numbers(7);
     let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
     for (name, shape, size, offset) in names(model_type, extra) {
@@ -56,6 +52,18 @@ pub fn checkpoint(folder: &Path, model_type: &str, extra: &str) {
         .iter()
         .map(|(n, s, b)| (n.clone(), TensorView::new(Dtype::F32, s.clone(), b).unwrap()));
     serialize_to_file(views, None, &folder.join("model.safetensors")).unwrap();
+}
+
+/// A tokenizer of words, so that the folder is whole.
+pub fn write_tokenizer(folder: &Path, vocabulary: usize) {
+    let words: Vec<String> = (0..vocabulary).map(|i| format!("\"w{i}\": {i}")).collect();
+    let tokenizer = format!(
+        r#"{{"version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": {{"type": "Whitespace"}},
+        "post_processor": null, "decoder": null,
+        "model": {{"type": "WordLevel", "vocab": {{{}}}, "unk_token": "w0"}}}}"#,
+        words.join(", ")
+    );
+    std::fs::write(folder.join("tokenizer.json"), tokenizer).unwrap();
 }
 
 /// Name, shape, size of the numbers, and what is added to them.

