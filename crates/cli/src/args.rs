@@ -51,7 +51,7 @@ pub enum Command {
     Chat(ChatArgs),
     /// Measure prefill and decode; without BUNDLE those of the demo model inside this program.
     Bench(BenchArgs),
-    /// Make Core ML packages of a language model: a Hugging Face folder or a GGUF file.
+    /// Make Core ML packages of a language model or an encoder: a Hugging Face folder or a GGUF file.
     Convert(crate::convert::args::ConvertArgs),
     /// Make the weights of a package, or of all packages in a folder, smaller.
     Compress(crate::convert::args::CompressArgs),
@@ -353,6 +353,8 @@ mod tests {
             "convert hf-folder out --context 1024 --chunks 2 --palettize 4 --group 8 --head int8 --mix 0,29=int8",
             "convert model.gguf --dry-run --layout stateful",
             "convert hf-folder out --check --text story.txt",
+            "convert hf-folder --sensitivity --palettize 4 --text story.txt",
+            "convert minilm out --tokens 128 --quantize 8",
             "compress m.mlpackage --palettize 4 --group 8",
             "compress m.mlpackage out.mlpackage --prune 0.5 --quantize 8",
         ] {

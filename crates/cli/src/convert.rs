@@ -4,13 +4,15 @@ pub mod args;
 mod check;
 pub mod compress;
 mod memory;
+mod sensitivity;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use candle_coreml_convert::{
-    LanguageModelOptions, Plan, Progress, convert_language_model, plan_language_model, read_config,
+    EncoderConfig, EncoderOptions, LanguageModelOptions, Plan, Progress, convert_encoder,
+    convert_language_model, model_type, plan_language_model, read_config,
 };
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
@@ -20,8 +22,14 @@ use crate::terminal::{self, FAINT, STRONG, styled};
 use args::ConvertArgs;
 
 pub fn run(args: &ConvertArgs) -> Outcome {
+    if model_type(&args.model).is_some_and(|kind| EncoderConfig::is_encoder(&kind)) {
+        return encoder(args);
+    }
     let config = read_config(&args.model)?;
     let options = args.options(config.max_positions)?;
+    if args.sensitivity {
+        return sensitivity::run(args, &options);
+    }
     let plan = plan_language_model(&args.model, &options)?;
     let Some(out) = args.out.as_deref().filter(|_| !args.dry_run) else {
         return print_plan(args, &plan, &options);
@@ -36,6 +44,48 @@ pub fn run(args: &ConvertArgs) -> Outcome {
     if args.check {
         check::run(args, out, &options)?;
     }
+    Ok(DONE)
+}
+
+fn encoder(args: &ConvertArgs) -> Outcome {
+    let config = EncoderConfig::open(&args.model)?;
+    let options = EncoderOptions {
+        tokens: args.tokens,
+        layers: args.how.compression()?,
+        embeddings: args.embeddings,
+    };
+    if args.check || args.sensitivity {
+        return Err(Failure::usage(
+            "--check and --sensitivity are for language models; this is an encoder",
+        ));
+    }
+    let Some(out) = args.out.as_deref().filter(|_| !args.dry_run) else {
+        let c = &config;
+        let (projections, words) = (4 * c.hidden + 2 * c.intermediate, c.vocabulary + c.max_tokens);
+        let bytes = options
+            .layers
+            .estimated_bytes((c.layers * c.hidden * projections) as u64)
+            + options.embeddings.estimated_bytes((words * c.hidden) as u64);
+        let mut out = terminal::out();
+        writeln!(
+            out,
+            "encoder: {} layers of {}, {} heads, vocabulary {}, {} tokens at most\n  {} about {}",
+            c.layers,
+            c.hidden,
+            c.heads,
+            c.vocabulary,
+            options.tokens.unwrap_or(c.max_tokens),
+            styled(STRONG, "model.mlpackage"),
+            terminal::bytes(bytes)
+        )?;
+        return Ok(DONE);
+    };
+    let start = Instant::now();
+    let bar = Bar::new("converting", 0);
+    let done = convert_encoder(&args.model, out, &options, &mut |p| bar.show(p));
+    bar.finish();
+    done?;
+    print_written(args.json, out, &[out.join("model.mlpackage")], start.elapsed())?;
     Ok(DONE)
 }
 

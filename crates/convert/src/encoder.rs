@@ -229,7 +229,7 @@ pub fn convert_encoder(
             done: layer as u64 + 1,
             total,
         });
-        x = tensors.layer(&mut package, &mut f, &config, options, &input, (layer, &x))?;
+        x = tensors.layer((&mut package, &mut f), &config, options, &input, (layer, &x))?;
     }
     f.output("last_hidden_state", &x)?;
     tensors.pooler(&mut package, &mut f, &config, &x)?;
@@ -407,8 +407,7 @@ impl<'a> Tensors<'a> {
 
     fn layer(
         &self,
-        package: &mut ProgramBuilder,
-        f: &mut FunctionBuilder,
+        (package, f): (&mut ProgramBuilder, &mut FunctionBuilder),
         c: &EncoderConfig,
         o: &EncoderOptions,
         input: &Input,

@@ -26,5 +26,5 @@ pub use encoder::{Activation, EncoderConfig, EncoderOptions, Pooling, convert_en
 pub use error::{Error, Result};
 pub use function::{Arg, FunctionBuilder, Var};
 pub use lm::{LanguageModelOptions, Layout, Plan, convert_language_model, plan_language_model, read_config};
-pub use reference::Reference;
+pub use reference::{LayerSensitivity, Reference, SensitivityReport};
 pub use weights::{Checkpoint, TensorStream};

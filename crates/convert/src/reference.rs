@@ -1,19 +1,47 @@
 //! A decoder computed in 32-bit floats with Candle from the original weights: what conversions are measured against.
 
+use std::collections::HashMap;
+
 use candle_core::{D, DType, Device, IndexOp, Tensor};
 
+use crate::compress::{Compression, Progress};
 use crate::config::{DecoderConfig, Family};
 use crate::error::{Error, Result};
 use crate::lm::Input;
-use crate::weights::Checkpoint;
 
 /// A decoder that reads its weights anew for every call: slow, plain, and small in memory.
 #[derive(Debug)]
 pub struct Reference {
-    checkpoint: Checkpoint,
-    config: DecoderConfig,
+    input: Input,
     root: &'static str,
 }
+
+/// What [`Reference::sensitivity`] found.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SensitivityReport {
+    /// Perplexity of the text with the weights as they are.
+    pub perplexity: f64,
+    /// One a layer, in order.
+    pub layers: Vec<LayerSensitivity>,
+}
+
+/// What a model loses when the projections of one layer alone are compressed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LayerSensitivity {
+    /// Which layer.
+    pub layer: usize,
+    /// How its projections were stored.
+    pub how: Compression,
+    /// Mean Kullback-Leibler divergence of the predictions from those of the original, in nats.
+    pub divergence: f64,
+    /// Perplexity of the text.
+    pub perplexity: f64,
+    /// Root of the mean squared error of the weights as a share of the root of their mean square.
+    pub weight_error: f64,
+}
+
+/// Projections of one layer as they are after compression, by name.
+type Replaced = HashMap<String, Tensor>;
 
 impl Reference {
     /// Opens a checkpoint as [`crate::convert_language_model`] does.
@@ -21,15 +49,17 @@ impl Reference {
     /// # Errors
     /// As [`crate::plan_language_model`].
     pub fn open(path: impl AsRef<std::path::Path>) -> Result<Self> {
-        let Input {
-            checkpoint, config, ..
-        } = Input::open(path.as_ref())?;
-        let root = crate::lm::root_of(&checkpoint)?;
-        Ok(Reference {
-            checkpoint,
-            config,
-            root,
-        })
+        let input = Input::open(path.as_ref())?;
+        let root = crate::lm::root_of(&input.checkpoint)?;
+        Ok(Reference { input, root })
+    }
+
+    /// The content of the checkpoint's `tokenizer.json`, rebuilt for GGUF files.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when there is none.
+    pub fn tokenizer(&self) -> Result<Vec<u8>> {
+        self.input.tokenizer()
     }
 
     /// Logits after each of `tokens`, [tokens, vocabulary].
@@ -37,39 +67,125 @@ impl Reference {
     /// # Errors
     /// [`Error::Tensor`] for tensors that do not fit and token ids outside the vocabulary.
     pub fn logits(&self, tokens: &[u32]) -> Result<Tensor> {
-        let c = &self.config;
-        let table = self.matrix(
-            &format!("{}embed_tokens.weight", self.root),
-            &[c.vocabulary, c.hidden],
-        )?;
-        let ids = checked(Tensor::new(tokens, &Device::Cpu))?;
-        let mut x = checked(table.index_select(&ids, 0))?;
+        let (mut x, masks) = self.embed(tokens)?;
+        for layer in 0..self.config().layers {
+            x = self.layer(&x, layer, &masks, &Replaced::new())?;
+        }
+        self.head(&x)
+    }
+
+    /// Compresses one layer at a time as `how` says and measures what that changes on `tokens`.
+    ///
+    /// # Errors
+    /// As [`Reference::logits`], and for compressions that do not fit a projection.
+    pub fn sensitivity(
+        &self,
+        tokens: &[u32],
+        how: impl Fn(usize) -> Compression,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<SensitivityReport> {
+        let layers = self.config().layers;
+        let original = Predictions::new(&self.logits(tokens)?, tokens)?;
+        let (mut x, masks) = self.embed(tokens)?;
+        let mut found = Vec::with_capacity(layers);
+        for layer in 0..layers {
+            let how = how(layer);
+            let (replaced, weight_error) = self.compressed(layer, &how)?;
+            let mut y = self.layer(&x, layer, &masks, &replaced)?;
+            drop(replaced);
+            for after in layer + 1..layers {
+                y = self.layer(&y, after, &masks, &Replaced::new())?;
+            }
+            let changed = Predictions::new(&self.head(&y)?, tokens)?;
+            found.push(LayerSensitivity {
+                layer,
+                how,
+                divergence: original.divergence(&changed),
+                perplexity: changed.perplexity,
+                weight_error,
+            });
+            x = self.layer(&x, layer, &masks, &Replaced::new())?;
+            progress(Progress {
+                done: layer as u64 + 1,
+                total: layers as u64,
+            });
+        }
+        Ok(SensitivityReport {
+            perplexity: original.perplexity,
+            layers: found,
+        })
+    }
+
+    /// The projections of a layer after compression, and how far they are from the original.
+    fn compressed(&self, layer: usize, how: &Compression) -> Result<(Replaced, f64)> {
+        let c = self.config();
+        let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let (mut replaced, mut size, mut error) = (Replaced::new(), 0.0, 0.0);
+        for (part, shape) in [
+            ("self_attn.q_proj", [q, c.hidden]),
+            ("self_attn.k_proj", [kv, c.hidden]),
+            ("self_attn.v_proj", [kv, c.hidden]),
+            ("self_attn.o_proj", [c.hidden, q]),
+            ("mlp.gate_proj", [c.intermediate, c.hidden]),
+            ("mlp.up_proj", [c.intermediate, c.hidden]),
+            ("mlp.down_proj", [c.hidden, c.intermediate]),
+        ] {
+            let name = format!("{}layers.{layer}.{part}.weight", self.root);
+            let values = self.input.checkpoint.read(&name, &shape)?;
+            let back = how
+                .round_trip(&shape, &values)
+                .map_err(|e| Error::tensor(&name, e))?;
+            for (v, b) in values.iter().zip(&back) {
+                let v = f64::from(v.to_f32());
+                size += v * v;
+                error += (v - f64::from(*b)).powi(2);
+            }
+            let tensor = checked(Tensor::from_vec(back, &shape, &Device::Cpu))?;
+            replaced.insert(name, tensor);
+        }
+        Ok((replaced, (error / f64::max(size, f64::MIN_POSITIVE)).sqrt()))
+    }
+
+    fn config(&self) -> &DecoderConfig {
+        &self.input.config
+    }
+
+    /// Embedded tokens, and the masks of layers that look at everything and of those with a window.
+    fn embed(&self, tokens: &[u32]) -> Result<(Tensor, [Tensor; 2])> {
+        let c = self.config();
+        let name = format!("{}embed_tokens.weight", self.root);
+        let mut rows = Vec::with_capacity(tokens.len() * c.hidden);
+        for &token in tokens {
+            let row = token as usize;
+            let shape = [c.vocabulary, c.hidden];
+            rows.extend(self.input.checkpoint.read_rows_f32(&name, &shape, row..row + 1)?);
+        }
+        let mut x = checked(Tensor::from_vec(rows, (tokens.len(), c.hidden), &Device::Cpu))?;
         if let Some(scale) = c.embedding_scale {
             x = checked(x.affine(f64::from(scale), 0.0))?;
         }
-        let masks = [None, c.sliding_window].map(|window| causal(tokens.len(), window));
-        let [whole, window] = masks;
-        let (whole, window) = (checked(whole)?, checked(window)?);
-        for layer in 0..c.layers {
-            let mask = if c.is_local(layer) { &window } else { &whole };
-            x = self.layer(&x, layer, mask)?;
-        }
-        let x = self.norm(&x, &format!("{}norm.weight", self.root))?;
+        let whole = checked(causal(tokens.len(), None))?;
+        let window = checked(causal(tokens.len(), c.sliding_window))?;
+        Ok((x, [whole, window]))
+    }
+
+    fn head(&self, x: &Tensor) -> Result<Tensor> {
+        let c = self.config();
+        let x = self.norm(x, &format!("{}norm.weight", self.root))?;
         let head = ["lm_head.weight", "language_model.lm_head.weight"]
             .into_iter()
-            .find(|n| !c.tied && self.checkpoint.contains(n));
-        let head = match head {
-            Some(name) => self.matrix(name, &[c.vocabulary, c.hidden])?,
-            None => table,
-        };
+            .find(|n| !c.tied && self.input.checkpoint.contains(n));
+        let name = head.map_or_else(|| format!("{}embed_tokens.weight", self.root), str::to_owned);
+        let head = self.matrix(&name, &[c.vocabulary, c.hidden])?;
         checked(head.t().and_then(|h| x.matmul(&h)))
     }
 
-    fn layer(&self, x: &Tensor, layer: usize, mask: &Tensor) -> Result<Tensor> {
+    fn layer(&self, x: &Tensor, layer: usize, masks: &[Tensor; 2], replaced: &Replaced) -> Result<Tensor> {
+        let mask = &masks[usize::from(self.config().is_local(layer))];
         let name = |part: &str| format!("{}layers.{layer}.{part}", self.root);
-        let gemma = self.config.family == Family::Gemma3;
+        let gemma = self.config().family == Family::Gemma3;
         let normed = self.norm(x, &name("input_layernorm.weight"))?;
-        let mut attended = self.attention(&normed, layer, mask)?;
+        let mut attended = self.attention(&normed, layer, mask, replaced)?;
         if gemma {
             attended = self.norm(&attended, &name("post_attention_layernorm.weight"))?;
         }
@@ -80,23 +196,23 @@ impl Reference {
             "post_attention_layernorm.weight"
         };
         let normed = self.norm(&x, &name(before))?;
-        let (h, inner) = (self.config.hidden, self.config.intermediate);
-        let gate = self.linear(&normed, &name("mlp.gate_proj"), [inner, h])?;
+        let (h, inner) = (self.config().hidden, self.config().intermediate);
+        let gate = self.linear(&normed, &name("mlp.gate_proj"), [inner, h], replaced)?;
         let gate = checked(if gemma { gate.gelu() } else { gate.silu() })?;
-        let up = self.linear(&normed, &name("mlp.up_proj"), [inner, h])?;
-        let mut down = self.linear(&checked(gate * up)?, &name("mlp.down_proj"), [h, inner])?;
+        let up = self.linear(&normed, &name("mlp.up_proj"), [inner, h], replaced)?;
+        let mut down = self.linear(&checked(gate * up)?, &name("mlp.down_proj"), [h, inner], replaced)?;
         if gemma {
             down = self.norm(&down, &name("post_feedforward_layernorm.weight"))?;
         }
         checked(x + down)
     }
 
-    fn attention(&self, x: &Tensor, layer: usize, mask: &Tensor) -> Result<Tensor> {
-        let c = &self.config;
+    fn attention(&self, x: &Tensor, layer: usize, mask: &Tensor, replaced: &Replaced) -> Result<Tensor> {
+        let c = self.config();
         let (n, d) = (checked(x.dim(0))?, c.head_dim);
         let name = |part: &str| format!("{}layers.{layer}.self_attn.{part}", self.root);
         let heads = |part: &str, heads: usize| -> Result<Tensor> {
-            let y = self.linear(x, &name(part), [heads * d, c.hidden])?;
+            let y = self.linear(x, &name(part), [heads * d, c.hidden], replaced)?;
             checked(
                 y.reshape((n, heads, d))
                     .and_then(|y| y.transpose(0, 1)?.contiguous()),
@@ -113,14 +229,18 @@ impl Reference {
         }
         let angles = c.rope_frequencies(c.is_local(layer));
         let attended = checked(attend(c, &q, &k, &v, mask, &angles))?;
-        self.linear(&attended, &name("o_proj"), [c.hidden, c.heads * d])
+        self.linear(&attended, &name("o_proj"), [c.hidden, c.heads * d], replaced)
     }
 
-    fn linear(&self, x: &Tensor, name: &str, shape: [usize; 2]) -> Result<Tensor> {
-        let weight = self.matrix(&format!("{name}.weight"), &shape)?;
+    fn linear(&self, x: &Tensor, name: &str, shape: [usize; 2], replaced: &Replaced) -> Result<Tensor> {
+        let weight = format!("{name}.weight");
+        let weight = match replaced.get(&weight) {
+            Some(weight) => weight.clone(),
+            None => self.matrix(&weight, &shape)?,
+        };
         let y = checked(weight.t().and_then(|w| x.matmul(&w)))?;
         let bias = format!("{name}.bias");
-        if !self.checkpoint.contains(&bias) {
+        if !self.input.checkpoint.contains(&bias) {
             return Ok(y);
         }
         let bias = self.matrix(&bias, &shape[..1])?;
@@ -130,13 +250,13 @@ impl Reference {
     fn norm(&self, x: &Tensor, name: &str) -> Result<Tensor> {
         let width = checked(x.dim(D::Minus1))?;
         let weight = self.matrix(name, &[width])?;
-        let offset = if self.config.family == Family::Gemma3 {
+        let offset = if self.config().family == Family::Gemma3 {
             1.0
         } else {
             0.0
         };
         let normed = |x: &Tensor| {
-            let mean = (x.sqr()?.mean_keepdim(D::Minus1)? + f64::from(self.config.rms_eps))?;
+            let mean = (x.sqr()?.mean_keepdim(D::Minus1)? + f64::from(self.config().rms_eps))?;
             x.broadcast_div(&mean.sqrt()?)?
                 .broadcast_mul(&(&weight + offset)?)
         };
@@ -144,8 +264,45 @@ impl Reference {
     }
 
     fn matrix(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let values = self.checkpoint.read_f32(name, shape)?;
+        let values = self.input.checkpoint.read_f32(name, shape)?;
         checked(Tensor::from_vec(values, shape, &Device::Cpu))
+    }
+}
+
+/// Logarithms of the probabilities after each token, and how well they foretell the text.
+struct Predictions {
+    rows: Vec<Vec<f32>>,
+    perplexity: f64,
+}
+
+impl Predictions {
+    fn new(logits: &Tensor, tokens: &[u32]) -> Result<Self> {
+        let mut rows: Vec<Vec<f32>> = checked(logits.to_vec2())?;
+        for row in &mut rows {
+            let most = row.iter().fold(f32::NEG_INFINITY, |m, &v| m.max(v));
+            let sum: f64 = row.iter().map(|&v| f64::from(v - most).exp()).sum();
+            let shift = most + sum.ln() as f32;
+            row.iter_mut().for_each(|v| *v -= shift);
+        }
+        let next = tokens.iter().skip(1).zip(&rows);
+        let surprise =
+            |(&token, row): (&u32, &Vec<f32>)| row.get(token as usize).map_or(0.0, |&v| -f64::from(v));
+        let total: f64 = next.map(surprise).sum();
+        let perplexity = (total / (tokens.len().max(2) - 1) as f64).exp();
+        Ok(Predictions { rows, perplexity })
+    }
+
+    /// Mean over the positions of the sum of p (ln p - ln q).
+    fn divergence(&self, other: &Predictions) -> f64 {
+        let one = |(p, q): (&Vec<f32>, &Vec<f32>)| -> f64 {
+            let terms = p
+                .iter()
+                .zip(q)
+                .map(|(p, q)| f64::from(*p).exp() * f64::from(p - q));
+            terms.sum()
+        };
+        let sum: f64 = self.rows.iter().zip(&other.rows).map(one).sum();
+        sum / self.rows.len().max(1) as f64
     }
 }
 

@@ -191,6 +191,14 @@ impl Checkpoint {
         read_f32(name, &self.find(name, shape)?.place, shape, rows)
     }
 
+    /// Rows of the tensor `name`, which has to have this shape, as 32-bit floats.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::read_f32`], and when the tensor has fewer rows.
+    pub fn read_rows_f32(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Vec<f32>> {
+        read_f32(name, &self.find(name, shape)?.place, shape, rows)
+    }
+
     fn find(&self, name: &str, shape: &[usize]) -> Result<&Stored> {
         let stored = self
             .tensors

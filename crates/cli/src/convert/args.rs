@@ -17,7 +17,7 @@ pub struct ConvertArgs {
     /// A folder with config.json and safetensors, or a .gguf file.
     pub model: PathBuf,
     /// The folder to write; it is made.
-    #[arg(required_unless_present = "dry_run")]
+    #[arg(required_unless_present_any = ["dry_run", "sensitivity"])]
     pub out: Option<PathBuf>,
     /// Packages to write.
     #[arg(long, value_enum, default_value = "anemll")]
@@ -28,6 +28,9 @@ pub struct ConvertArgs {
     /// Tokens a prefill call takes; without it 64, or the context if that is less.
     #[arg(long, value_name = "N")]
     pub batch: Option<usize>,
+    /// Tokens of every text (encoders); without it any number up to what the model has.
+    #[arg(long, value_name = "N")]
+    pub tokens: Option<usize>,
     /// Packages the layers are divided into.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub chunks: usize,
@@ -55,9 +58,12 @@ pub struct ConvertArgs {
     #[arg(long)]
     pub dry_run: bool,
     /// Run the result beside a float32 forward pass of the original on a text and report how far they are apart.
-    #[arg(long, conflicts_with = "dry_run")]
+    #[arg(long, conflicts_with_all = ["dry_run", "sensitivity"])]
     pub check: bool,
-    /// The text of --check; without it a short one inside this program.
+    /// Report how much each layer suffers from its compression on a text, and write nothing.
+    #[arg(long, conflicts_with = "dry_run")]
+    pub sensitivity: bool,
+    /// The text of --check and --sensitivity; without it a short one inside this program.
     #[arg(long, value_name = "FILE")]
     pub text: Option<PathBuf>,
     /// Tokens of the text that are used.

@@ -33,9 +33,10 @@ pub struct Fidelity {
 }
 
 pub fn run(args: &ConvertArgs, folder: &Path, options: &LanguageModelOptions) -> Result<(), Failure> {
-    let tokens = text_tokens(args, &folder.join("tokenizer.json"), options.context)?;
+    let reference = Reference::open(&args.model)?;
+    let tokens = text_tokens(args, &reference.tokenizer()?, options.context)?;
     let spinner = terminal::spinner("float32 forward pass of the original");
-    let reference = Reference::open(&args.model)?.logits(&tokens)?;
+    let reference = reference.logits(&tokens)?;
     spinner.finish_and_clear();
     let rows: Vec<Vec<f32>> = reference.to_vec2()?;
     let bar = terminal::bar("the result on the portable engine", tokens.len() as u64);
@@ -53,16 +54,15 @@ pub fn run(args: &ConvertArgs, folder: &Path, options: &LanguageModelOptions) ->
     print(args.json, &sums.finish())
 }
 
-/// The tokens of the text that is used.
-pub fn text_tokens(args: &ConvertArgs, tokenizer: &Path, context: usize) -> Result<Vec<u32>, Failure> {
+/// The tokens of the text that is used. `tokenizer` is the content of tokenizer.json.
+pub fn text_tokens(args: &ConvertArgs, tokenizer: &[u8], context: usize) -> Result<Vec<u32>, Failure> {
     let text = match &args.text {
         Some(path) => {
             std::fs::read_to_string(path).map_err(|e| Failure::new(format!("{}: {e}", path.display())))?
         }
         None => TEXT.to_owned(),
     };
-    let json = std::fs::read(tokenizer).map_err(|e| Failure::new(format!("{}: {e}", tokenizer.display())))?;
-    let tokenizer = Tokenizer::parse(&tokenizer.display().to_string(), &json)?;
+    let tokenizer = Tokenizer::parse("tokenizer.json", tokenizer)?;
     let mut tokens = tokenizer.encode(&text)?;
     tokens.truncate(args.text_tokens.min(context));
     if tokens.len() < 2 {

@@ -25,6 +25,7 @@ const COPIED: [&str; 8] = [
 ];
 
 /// A checkpoint with its configuration.
+#[derive(Debug)]
 pub(crate) struct Input {
     pub(crate) checkpoint: Checkpoint,
     pub(crate) config: DecoderConfig,
@@ -63,6 +64,18 @@ impl Input {
             path: path.to_owned(),
             made,
         })
+    }
+
+    /// The content of `tokenizer.json`, in the folder or rebuilt.
+    pub(crate) fn tokenizer(&self) -> Result<Vec<u8>> {
+        const NAME: &str = "tokenizer.json";
+        match self.made.iter().find(|(made, _)| *made == NAME) {
+            Some((_, text)) => Ok(text.as_bytes().to_vec()),
+            None => {
+                let path = self.folder().join(NAME);
+                std::fs::read(&path).map_err(Error::io(&path))
+            }
+        }
     }
 
     /// The folder whose files are copied.
