@@ -123,6 +123,8 @@ def normalization(f):
         )
 
     def local_response_norm(x, size, alpha=1e-4, beta=0.75, k=1.0):
+        if x.ndim == 3:  # [channels, height, width], as coremltools' own test has it
+            return local_response_norm(x[None], size, alpha, beta, k)[0]
         y = np.zeros_like(x)
         for c in range(x.shape[1]):
             low, high = max(c - size // 2, 0), min(c + (size - 1) // 2, x.shape[1] - 1)

@@ -134,6 +134,15 @@ pub fn lower_local_response_norm(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
     if shape.len() < 2 {
         return Err(format!("x {:?} must be [n, channels, ..]", shape.as_slice()).into());
     }
-    let y = cx.emit(LocalResponseNorm(norm), &[x], cx.dtype(x), &shape)?;
+    let dtype = cx.dtype(x);
+    let [a, b, c] = *shape.as_slice() else {
+        let y = cx.emit(LocalResponseNorm(norm), &[x], dtype, &shape)?;
+        return cx.result(y);
+    };
+    // The documentation has [n, channels, length]; Core ML takes it for [channels, height, width], as coremltools' tests
+    // show by their numbers.
+    let x = cx.reshape(x, &[1, a, b, c])?;
+    let y = cx.emit(LocalResponseNorm(norm), &[x], dtype, &[1, a, b, c])?;
+    let y = cx.reshape(y, &shape)?;
     cx.result(y)
 }
