@@ -246,6 +246,40 @@ pub struct SamplingArgs {
     /// Choose among tokens with at least this part of the best one's probability.
     #[arg(long, value_name = "P", default_value_t = 0.0)]
     pub min_p: f32,
+    /// Choose among the tokens nearest to what is to be expected that together have this probability.
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub typical_p: f32,
+    /// Make tokens of the text so far less likely: 1 leaves them, 1.1 is usual.
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    pub repetition_penalty: f32,
+    /// Taken from the logits of tokens that were generated before.
+    #[arg(long, value_name = "X", default_value_t = 0.0, allow_hyphen_values = true)]
+    pub presence_penalty: f32,
+    /// Taken from the logits of tokens that were generated before, once for each time.
+    #[arg(long, value_name = "X", default_value_t = 0.0, allow_hyphen_values = true)]
+    pub frequency_penalty: f32,
+    /// How many tokens back penalties look; 0 for the whole text.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub penalty_tokens: usize,
+    /// Added to the logit of a token id; -inf forbids it. May be given several times.
+    #[arg(long, value_name = "ID=X", value_parser = bias)]
+    pub logit_bias: Vec<(u32, f32)>,
+    /// End before this text. May be given several times.
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+}
+
+fn bias(text: &str) -> Result<(u32, f32), String> {
+    let parts = text.split_once('=').ok_or("a token id, =, and a number")?;
+    let id = parts
+        .0
+        .parse()
+        .map_err(|_| format!("{:?} is no token id", parts.0))?;
+    let bias = parts
+        .1
+        .parse()
+        .map_err(|_| format!("{:?} is no number", parts.1))?;
+    Ok((id, bias))
 }
 
 impl SamplingArgs {
@@ -255,6 +289,12 @@ impl SamplingArgs {
             top_k: self.top_k,
             top_p: self.top_p,
             min_p: self.min_p,
+            typical_p: self.typical_p,
+            repetition_penalty: self.repetition_penalty,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
+            penalty_tokens: self.penalty_tokens,
+            logit_bias: self.logit_bias.clone(),
             seed,
         }
     }

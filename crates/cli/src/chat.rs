@@ -30,6 +30,7 @@ pub fn run(args: &ChatArgs) -> Outcome {
     let options = GenerateOptions {
         max_tokens: args.max_tokens,
         sampling: args.sampling.with(args.temperature, seed),
+        stop_strings: args.sampling.stop.clone(),
         ..GenerateOptions::default()
     };
     if std::io::stdin().is_terminal() {

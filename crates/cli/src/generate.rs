@@ -20,6 +20,7 @@ pub fn run(args: &GenerateArgs) -> Outcome {
     let options = GenerateOptions {
         max_tokens: args.max_tokens,
         sampling: args.sampling.with(args.temperature, args.seed),
+        stop_strings: args.sampling.stop.clone(),
         ..GenerateOptions::default()
     };
     let mut generation = session.generate(&ids, &options)?;

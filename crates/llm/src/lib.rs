@@ -24,6 +24,7 @@ mod error;
 mod model;
 mod sampling;
 mod session;
+mod stops;
 mod template;
 mod tokenizer;
 
@@ -31,7 +32,7 @@ pub use bundle::{Bundle, Configs, Files, LoadOptions, Meta, PartFiles};
 pub use chat::Chat;
 pub use error::Error;
 pub use model::{LanguageModel, Prediction};
-pub use sampling::{Sampler, Sampling};
+pub use sampling::{History, Logprobs, Sampler, Sampling};
 pub use session::{Completion, FinishReason, GenerateOptions, Generation, Piece, Session, Step, Timings};
 pub use template::{ChatTemplate, Message};
 pub use tokenizer::{TextStream, Tokenizer};

@@ -1,11 +1,16 @@
 //! Choosing the next token from logits.
 
+mod history;
+mod logprobs;
+
 use std::cmp::Ordering;
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use crate::Error;
+pub use history::History;
+pub use logprobs::Logprobs;
 
 /// Tokens whose probability is below e^-30 (1e-13) of the best one's are never chosen; most of a vocabulary is, so they
 /// are set aside before anything is computed of them.
@@ -13,7 +18,7 @@ const DEEPEST: f64 = 30.0;
 /// Candidates sorted at first when the most probable ones are looked for; then four times as many, and so on.
 const FIRST_SORTED: usize = 64;
 
-/// How the next token is chosen. The order is temperature, `top_k`, `top_p`, `min_p`.
+/// How the next token is chosen. The order is penalties, bias, temperature, `top_k`, `typical_p`, `top_p`, `min_p`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
     /// Divides the logits: 0 takes the best token always, 1 leaves probabilities as they are.
@@ -24,6 +29,20 @@ pub struct Sampling {
     pub top_p: f32,
     /// Only tokens with this part of the best one's probability; 0 for all.
     pub min_p: f32,
+    /// Only the tokens nearest to what is to be expected (whose surprise is nearest to the mean one) that together have this
+    /// probability; 1 for all. Source: Meister et al., "Locally Typical Sampling".
+    pub typical_p: f32,
+    /// Divides logits above 0, and multiplies those below, of tokens that are in the text already, prompt included; 1 leaves
+    /// them.
+    pub repetition_penalty: f32,
+    /// Taken from the logits of tokens that were generated already.
+    pub presence_penalty: f32,
+    /// Taken from the logits of tokens that were generated already, once for each time.
+    pub frequency_penalty: f32,
+    /// How many tokens back penalties look; 0 for the whole text.
+    pub penalty_tokens: usize,
+    /// Added to the logits of these tokens; minus infinity forbids one.
+    pub logit_bias: Vec<(u32, f32)>,
     /// Where the random numbers start: the same seed gives the same choices on every machine.
     pub seed: u64,
 }
@@ -36,6 +55,12 @@ impl Default for Sampling {
             top_k: 0,
             top_p: 1.0,
             min_p: 0.0,
+            typical_p: 1.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            penalty_tokens: 0,
+            logit_bias: Vec::new(),
             seed: 0,
         }
     }
@@ -45,6 +70,19 @@ impl Sampling {
     /// True when the best token is always taken.
     pub fn is_greedy(&self) -> bool {
         self.temperature == 0.0 || self.top_k == 1
+    }
+
+    /// True when logits are used as the model gives them.
+    fn leaves_logits(&self) -> bool {
+        self.repetition_penalty == 1.0
+            && self.presence_penalty == 0.0
+            && self.frequency_penalty == 0.0
+            && self.logit_bias.is_empty()
+    }
+
+    /// True when a model that gives tokens instead of logits will do.
+    pub fn needs_no_logits(&self) -> bool {
+        self.is_greedy() && self.leaves_logits()
     }
 
     fn check(&self) -> Result<(), Error> {
@@ -64,6 +102,27 @@ impl Sampling {
         if !(0.0..=1.0).contains(&self.min_p) {
             return refuse("min_p", self.min_p, "0 to 1");
         }
+        if !(self.typical_p > 0.0 && self.typical_p <= 1.0) {
+            return refuse("typical_p", self.typical_p, "above 0, up to 1");
+        }
+        if !(self.repetition_penalty > 0.0 && self.repetition_penalty.is_finite()) {
+            return refuse("repetition_penalty", self.repetition_penalty, "above 0");
+        }
+        for (name, value) in [
+            ("presence_penalty", self.presence_penalty),
+            ("frequency_penalty", self.frequency_penalty),
+        ] {
+            if !value.is_finite() {
+                return refuse(name, value, "a number");
+            }
+        }
+        if let Some((_, bias)) = self
+            .logit_bias
+            .iter()
+            .find(|(_, b)| b.is_nan() || *b == f32::INFINITY)
+        {
+            return refuse("logit_bias", *bias, "numbers, or minus infinity");
+        }
         Ok(())
     }
 }
@@ -82,6 +141,8 @@ pub struct Sampler {
     options: Sampling,
     random: ChaCha8Rng,
     candidates: Vec<Candidate>,
+    /// Logits after penalties and bias.
+    altered: Vec<f32>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -114,7 +175,27 @@ impl Sampler {
             options,
             random,
             candidates: Vec::new(),
+            altered: Vec::new(),
         })
+    }
+
+    /// Chooses among `logits` after the text in `history`, which penalties look at. Otherwise as [`Sampler::choose`].
+    pub fn choose_after(&mut self, logits: &[f32], history: History<'_>) -> Option<u32> {
+        if self.options.leaves_logits() {
+            return self.choose(logits);
+        }
+        let mut altered = std::mem::take(&mut self.altered);
+        altered.clear();
+        altered.extend_from_slice(logits);
+        history.penalise(&self.options, &mut altered);
+        for &(token, bias) in &self.options.logit_bias {
+            if let Some(logit) = usize::try_from(token).ok().and_then(|t| altered.get_mut(t)) {
+                *logit += bias;
+            }
+        }
+        let chosen = self.choose(&altered);
+        self.altered = altered;
+        chosen
     }
 
     /// Chooses among `logits`, one for each token id; `None` when all are NaN. NaN is never chosen, and of equal logits
@@ -131,6 +212,7 @@ impl Sampler {
             // libm's exp has the same bits on every machine, the system's has not.
             candidate.weight = libm::exp((f64::from(candidate.logit) - f64::from(most)) / temperature);
         }
+        self.keep_typical();
         self.keep_top_p();
         let least = f64::from(self.options.min_p);
         self.candidates.retain(|candidate| candidate.weight >= least);
@@ -158,6 +240,29 @@ impl Sampler {
         self.candidates.select_nth_unstable_by(k - 1, Candidate::order);
         self.candidates.truncate(k);
         self.candidates.sort_unstable_by(Candidate::order);
+    }
+
+    fn keep_typical(&mut self) {
+        if self.options.typical_p >= 1.0 {
+            return;
+        }
+        let total: f64 = self.candidates.iter().map(|c| c.weight).sum();
+        let surprise = |c: &Candidate| -libm::log(c.weight / total);
+        let mean: f64 = self
+            .candidates
+            .iter()
+            .map(|c| c.weight / total * surprise(c))
+            .sum();
+        let distance = |c: &Candidate| (surprise(c) - mean).abs();
+        // Equal distances stay in the order of probability.
+        self.candidates
+            .sort_by(|a, b| distance(a).total_cmp(&distance(b)).then(a.order(b)));
+        let (enough, mut sum) = (total * f64::from(self.options.typical_p), 0.0);
+        let last = self.candidates.iter().position(|c| {
+            sum += c.weight;
+            sum >= enough
+        });
+        self.candidates.truncate(last.map_or(usize::MAX, |last| last + 1));
     }
 
     fn keep_top_p(&mut self) {
@@ -341,6 +446,21 @@ mod tests {
                 },
                 &[0, 1, 3],
             ),
+            (
+                // Surprises 0.92, 1.20, 1.61, 2.30 around a mean of 1.28.
+                Sampling {
+                    typical_p: 0.25,
+                    ..warm()
+                },
+                &[1],
+            ),
+            (
+                Sampling {
+                    typical_p: 0.6,
+                    ..warm()
+                },
+                &[0, 1, 3],
+            ),
             (Sampling { min_p: 0.6, ..warm() }, &[1, 3]),
             (Sampling { min_p: 1.0, ..warm() }, &[3]),
             (
@@ -363,6 +483,79 @@ mod tests {
             chosen.sort_unstable();
             chosen.dedup();
             assert_eq!(chosen, kept, "{options:?}");
+        }
+    }
+
+    #[test]
+    fn penalties_and_bias_change_what_is_best() {
+        let logits = [2.0, 1.9, -1.0, 1.0];
+        let text = [0, 2, 1, 1];
+        let (prompt, plain) = (2, Sampling::default);
+        for (options, expected) in [
+            (plain(), 0),
+            // Token 0 is in the prompt: 2.0 / 1.5; token 1: 1.9 / 1.5.
+            (
+                Sampling {
+                    repetition_penalty: 2.0,
+                    ..plain()
+                },
+                0,
+            ),
+            (
+                Sampling {
+                    repetition_penalty: 2.1,
+                    ..plain()
+                },
+                3,
+            ),
+            (
+                Sampling {
+                    repetition_penalty: 2.1,
+                    penalty_tokens: 2,
+                    ..plain()
+                },
+                0,
+            ),
+            // Of the generated tokens there is 1 alone, twice.
+            (
+                Sampling {
+                    presence_penalty: -0.2,
+                    ..plain()
+                },
+                1,
+            ),
+            (
+                Sampling {
+                    frequency_penalty: -0.06,
+                    ..plain()
+                },
+                1,
+            ),
+            (
+                Sampling {
+                    frequency_penalty: -0.04,
+                    ..plain()
+                },
+                0,
+            ),
+            (
+                Sampling {
+                    logit_bias: vec![(0, LOW), (3, 0.5), (99, 5.0)],
+                    ..plain()
+                },
+                1,
+            ),
+            (
+                Sampling {
+                    logit_bias: vec![(2, 5.0)],
+                    ..plain()
+                },
+                2,
+            ),
+        ] {
+            let mut sampler = Sampler::new(options.clone()).unwrap();
+            let chosen = sampler.choose_after(&logits, History::new(&text, prompt));
+            assert_eq!(chosen, Some(expected), "{options:?}");
         }
     }
 
@@ -408,6 +601,34 @@ mod tests {
                     ..warm()
                 },
                 "temperature is NaN",
+            ),
+            (
+                Sampling {
+                    typical_p: 0.0,
+                    ..warm()
+                },
+                "typical_p is 0",
+            ),
+            (
+                Sampling {
+                    repetition_penalty: 0.0,
+                    ..warm()
+                },
+                "repetition_penalty is 0",
+            ),
+            (
+                Sampling {
+                    frequency_penalty: NAN,
+                    ..warm()
+                },
+                "frequency_penalty is NaN",
+            ),
+            (
+                Sampling {
+                    logit_bias: vec![(1, NAN)],
+                    ..warm()
+                },
+                "logit_bias is NaN",
             ),
             (Sampling { top_p: 0.0, ..warm() }, "top_p is 0"),
             (Sampling { top_p: 1.5, ..warm() }, "top_p is 1.5"),

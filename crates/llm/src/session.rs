@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use crate::Error;
 use crate::model::{LanguageModel, Prediction};
-use crate::sampling::{Sampler, Sampling};
+use crate::sampling::{History, Logprobs, Sampler, Sampling};
+use crate::stops::Stops;
 use crate::tokenizer::{TextStream, Tokenizer};
 
 /// A model, its tokenizer and the tokens of one conversation.
@@ -30,6 +31,10 @@ pub struct GenerateOptions {
     pub sampling: Sampling,
     /// End at these tokens too.
     pub stop_tokens: Vec<u32>,
+    /// End before these strings, wherever tokens cut them.
+    pub stop_strings: Vec<String>,
+    /// Give log probabilities with each token, and those of this many of the best ones.
+    pub logprobs: Option<usize>,
     /// Go on past the model's own end tokens, for measurements.
     pub ignore_end: bool,
 }
@@ -41,25 +46,30 @@ impl Default for GenerateOptions {
             max_tokens: 256,
             sampling: Sampling::default(),
             stop_tokens: Vec::new(),
+            stop_strings: Vec::new(),
+            logprobs: None,
             ignore_end: false,
         }
     }
 }
 
 /// One generated token.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Piece {
     /// Its id.
     pub token: u32,
-    /// The text that became certain with it: empty for end tokens and while a character is incomplete.
+    /// The text that became certain with it: empty for end tokens, while a character is incomplete and while the text may
+    /// become a stop string.
     pub text: String,
+    /// How probable the model thought it, when that was asked for.
+    pub logprobs: Option<Logprobs>,
 }
 
 /// Why a text ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FinishReason {
-    /// The model gave an end token.
+    /// The model gave an end token, or a stop string.
     Stop,
     /// The number of tokens asked for is reached.
     Length,
@@ -121,7 +131,7 @@ pub struct Completion {
 }
 
 /// What one step of a generation did.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Step {
     /// A batch of the prompt was computed: `done` of `total` tokens.
     Prefilled {
@@ -172,6 +182,7 @@ impl Session {
             options: options.clone(),
             sampler,
             stream: TextStream::default(),
+            stops: Stops::new(&options.stop_strings),
             prompt_tokens: prompt.len(),
             reused_tokens,
             generated: Vec::new(),
@@ -260,8 +271,16 @@ impl Session {
                 vocabulary,
             });
         }
-        if !options.sampling.is_greedy() && !self.model.gives_logits() {
+        let needs_logits = !options.sampling.needs_no_logits() || options.logprobs.is_some();
+        if needs_logits && !self.model.gives_logits() {
             return Err(Error::NoLogits);
+        }
+        if options.stop_strings.iter().any(String::is_empty) {
+            return Err(Error::Option {
+                option: "stop_strings",
+                value: "an empty string".to_string(),
+                allowed: "one character or more each",
+            });
         }
         Sampler::new(options.sampling.clone())
     }
@@ -286,6 +305,7 @@ pub struct Generation<'s> {
     options: GenerateOptions,
     sampler: Sampler,
     stream: TextStream,
+    stops: Stops,
     prompt_tokens: usize,
     reused_tokens: usize,
     generated: Vec<u32>,
@@ -354,7 +374,10 @@ impl Generation<'_> {
     }
 
     /// The text so far. Its reason is `Cancelled` unless it has ended by itself.
-    pub fn completion(self) -> Completion {
+    pub fn completion(mut self) -> Completion {
+        // A cancelled text may end in what was held back for a stop string.
+        let held = self.stops.flush();
+        self.text.push_str(&held);
         Completion {
             prompt_tokens: self.prompt_tokens,
             reused_tokens: self.reused_tokens,
@@ -396,12 +419,22 @@ impl Generation<'_> {
             ..
         } = &mut *self.session;
         let position = tokens.len() - 1;
+        let mut logprobs = None;
+        let history = History::new(tokens, self.prompt_tokens);
         let token = match model.decode(tokens)? {
             Prediction::Token(token) => token,
-            Prediction::Logits(logits) => self.sampler.choose(logits).ok_or(Error::AllNan {
-                position,
-                vocabulary: logits.len(),
-            })?,
+            Prediction::Logits(logits) => {
+                let chosen = self.sampler.choose_after(logits, history);
+                let token = chosen.ok_or(Error::AllNan {
+                    position,
+                    vocabulary: logits.len(),
+                })?;
+                logprobs = self
+                    .options
+                    .logprobs
+                    .map(|count| Logprobs::of(logits, token, count));
+                token
+            }
         };
         *cached = tokens.len();
         self.generated.push(token);
@@ -420,8 +453,18 @@ impl Generation<'_> {
             None
         };
         let text = self.text_of(token, stops)?;
+        let (mut text, stopped) = self.stops.push(text);
+        if stopped {
+            self.finished = Some(FinishReason::Stop);
+        } else if self.finished.is_some() {
+            text.push_str(&self.stops.flush());
+        }
         self.text.push_str(&text);
-        Ok(Piece { token, text })
+        Ok(Piece {
+            token,
+            text,
+            logprobs,
+        })
     }
 
     fn text_of(&mut self, token: u32, stops: bool) -> Result<String, Error> {
@@ -533,6 +576,71 @@ mod tests {
             from: 1,
         };
         Session::new(Box::new(model), Arc::new(bytes_tokenizer()), vec![END].into())
+    }
+
+    #[test]
+    fn a_stop_string_ends_the_text_before_it_and_is_never_shown() {
+        let says: Vec<u32> = "story\n\nUser: no".bytes().map(u32::from).collect();
+        for (stop, text, tokens, reason) in [
+            ("\n\nUser:", "story", 12, FinishReason::Stop),
+            ("ry", "sto", 5, FinishReason::Stop),
+            ("never", "story\n\nUser: n", 14, FinishReason::Length),
+        ] {
+            let options = GenerateOptions {
+                stop_strings: vec![stop.to_string()],
+                ..at_most(14)
+            };
+            let mut shown = String::new();
+            let mut session = script(&says);
+            let done = session
+                .generate_with(&[1], &options, |piece| {
+                    shown.push_str(&piece.text);
+                    assert!(!shown.contains(stop) && text.starts_with(&shown), "{shown:?}");
+                    ControlFlow::Continue(())
+                })
+                .unwrap();
+            assert_eq!((done.text.as_str(), shown.as_str()), (text, text), "{stop:?}");
+            assert_eq!(
+                (done.tokens.len(), done.finish_reason),
+                (tokens, reason),
+                "{stop:?}"
+            );
+        }
+        let empty = GenerateOptions {
+            stop_strings: vec![String::new()],
+            ..at_most(1)
+        };
+        let error = script(&says).generate(&[1], &empty).unwrap_err().to_string();
+        assert!(error.starts_with("stop_strings"), "{error}");
+    }
+
+    #[test]
+    fn log_probabilities_are_of_the_models_own_logits() {
+        let (mut session, _) = session(&Toy::default());
+        let options = GenerateOptions {
+            logprobs: Some(3),
+            sampling: Sampling {
+                temperature: 0.1,
+                ..Sampling::default()
+            },
+            ..at_most(4)
+        };
+        let mut pieces = 0;
+        let each = |piece: &Piece| {
+            let logprobs = piece.logprobs.as_ref().unwrap();
+            assert_eq!(logprobs.best.len(), 3);
+            assert!(logprobs.best[0].1 >= logprobs.chosen && logprobs.chosen <= 0.0);
+            let own = logprobs.best.iter().find(|(t, _)| *t == piece.token);
+            assert!(own.is_none_or(|(_, p)| *p == logprobs.chosen));
+            pieces += 1;
+            ControlFlow::Continue(())
+        };
+        session.generate_with(&prompt(3), &options, each).unwrap();
+        assert_eq!(pieces, 4);
+        assert!(matches!(
+            script(&[1]).generate(&[1], &options),
+            Err(Error::NoLogits)
+        ));
     }
 
     #[test]
