@@ -224,15 +224,34 @@ pub struct BenchArgs {
         default_value = "64"
     )]
     pub generations: Vec<usize>,
+    /// Tokens of context to measure after, with commas.
+    #[arg(
+        long = "n-depth",
+        short = 'd',
+        value_name = "N,...",
+        value_delimiter = ',',
+        default_value = "0"
+    )]
+    pub depths: Vec<usize>,
     /// How often each is measured.
     #[arg(long = "repetitions", short = 'r', value_name = "N", default_value_t = 5,
           value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
     pub repetitions: usize,
-    /// Print JSON.
+    /// How to print the results.
+    #[arg(long, short = 'o', value_enum, default_value = "md")]
+    pub output: BenchOutput,
+    /// Print JSON: short for `-o json`.
     #[arg(long)]
     pub json: bool,
     #[command(flatten)]
     pub engine: EngineArgs,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
+pub enum BenchOutput {
+    Md,
+    Csv,
+    Json,
 }
 
 #[derive(Debug, Args)]

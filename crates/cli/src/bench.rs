@@ -8,7 +8,7 @@ use candle_coreml_llm::{Bundle, LanguageModel, Prediction};
 use candle_coreml_mil as mil;
 use serde::Serialize;
 
-use crate::args::BenchArgs;
+use crate::args::{BenchArgs, BenchOutput};
 use crate::failure::{DONE, Failure, INTERRUPTED, Outcome};
 use crate::{demo, interrupt, terminal};
 
@@ -21,6 +21,7 @@ struct Row {
     threads: usize,
     n_prompt: usize,
     n_gen: usize,
+    n_depth: usize,
     avg_ns: f64,
     stddev_ns: f64,
     avg_ts: f64,
@@ -29,25 +30,45 @@ struct Row {
     samples_ts: Vec<f64>,
 }
 
-/// What is measured: a prompt of so many tokens, or so many tokens one by one.
+/// What is measured: a prompt of so many tokens, or so many tokens one by one, after `depth` tokens of context.
 #[derive(Debug, Clone, Copy)]
-enum Test {
-    Prefill(usize),
-    Decode(usize),
+struct Test {
+    kind: Kind,
+    tokens: usize,
+    depth: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Kind {
+    Prefill,
+    Decode,
 }
 
 impl Test {
-    fn tokens(self) -> usize {
-        let (Test::Prefill(tokens) | Test::Decode(tokens)) = self;
-        tokens
-    }
-
+    /// As llama-bench names it: `pp64`, `tg32 @ d128`.
     fn name(self) -> String {
-        match self {
-            Test::Prefill(tokens) => format!("pp{tokens}"),
-            Test::Decode(tokens) => format!("tg{tokens}"),
+        let name = match self.kind {
+            Kind::Prefill => format!("pp{}", self.tokens),
+            Kind::Decode => format!("tg{}", self.tokens),
+        };
+        match self.depth {
+            0 => name,
+            depth => format!("{name} @ d{depth}"),
         }
     }
+}
+
+/// Every kind at every depth.
+fn tests(args: &BenchArgs) -> Vec<Test> {
+    let kinds = [(Kind::Prefill, &args.prompts), (Kind::Decode, &args.generations)];
+    let mut tests = Vec::new();
+    for &depth in &args.depths {
+        for (kind, counts) in kinds {
+            let here = counts.iter().filter(|&&n| n > 0);
+            tests.extend(here.map(|&tokens| Test { kind, tokens, depth }));
+        }
+    }
+    tests
 }
 
 pub fn run(args: &BenchArgs) -> Outcome {
@@ -57,11 +78,7 @@ pub fn run(args: &BenchArgs) -> Outcome {
     let model = bundle.load(&args.engine.load_options());
     spinner.finish_and_clear();
     let mut model = model?;
-    let prefills = args.prompts.iter().map(|&n| Test::Prefill(n));
-    let tests: Vec<Test> = prefills
-        .chain(args.generations.iter().map(|&n| Test::Decode(n)))
-        .filter(|t| t.tokens() > 0)
-        .collect();
+    let tests = tests(args);
     check(&tests, model.as_ref())?;
     let bar = terminal::bar("measuring", (tests.len() * (args.repetitions + 1)) as u64);
     let mut rows = Vec::new();
@@ -80,12 +97,13 @@ pub fn run(args: &BenchArgs) -> Outcome {
         rows.push(row(&bundle, args, test, samples)?);
     }
     bar.finish_and_clear();
-    print(&rows, args.json)
+    let output = if args.json { BenchOutput::Json } else { args.output };
+    print(&rows, output)
 }
 
 fn check(tests: &[Test], model: &dyn LanguageModel) -> Result<(), Failure> {
     let context = model.context_tokens();
-    match tests.iter().find(|test| test.tokens() > context) {
+    match tests.iter().find(|test| test.depth + test.tokens > context) {
         Some(test) => Err(Failure::usage(format!(
             "{} does not fit the context of {context} tokens",
             test.name()
@@ -97,16 +115,19 @@ fn check(tests: &[Test], model: &dyn LanguageModel) -> Result<(), Failure> {
 
 /// Nanoseconds of one run, `None` after Ctrl-C.
 fn measure(model: &mut dyn LanguageModel, test: Test) -> Result<Option<u64>, Failure> {
-    let tokens = some_tokens(test.tokens(), model.vocabulary());
-    let start = Instant::now();
+    let tokens = some_tokens(test.depth + test.tokens, model.vocabulary());
     let mut done = 0;
+    while done < test.depth {
+        done = model.prefill(&tokens[..test.depth], done)?;
+    }
+    let start = Instant::now();
     while done < tokens.len() {
         if interrupt::asked() {
             return Ok(None);
         }
-        match test {
-            Test::Prefill(_) => done = model.prefill(&tokens, done)?,
-            Test::Decode(_) => {
+        match test.kind {
+            Kind::Prefill => done = model.prefill(&tokens, done)?,
+            Kind::Decode => {
                 done += 1;
                 if let Prediction::Logits(logits) = model.decode(&tokens[..done])? {
                     std::hint::black_box(logits);
@@ -133,13 +154,13 @@ fn some_tokens(count: usize, vocabulary: usize) -> Vec<u32> {
 
 fn row(bundle: &Bundle, args: &BenchArgs, test: Test, samples_ns: Vec<u64>) -> Result<Row, Failure> {
     let options = args.engine.load_options();
-    let (n_prompt, n_gen) = match test {
-        Test::Prefill(tokens) => (tokens, 0),
-        Test::Decode(tokens) => (0, tokens),
+    let (n_prompt, n_gen) = match test.kind {
+        Kind::Prefill => (test.tokens, 0),
+        Kind::Decode => (0, test.tokens),
     };
     let samples_ts: Vec<f64> = samples_ns
         .iter()
-        .map(|&ns| test.tokens() as f64 * 1e9 / ns as f64)
+        .map(|&ns| test.tokens as f64 * 1e9 / ns as f64)
         .collect();
     let (avg_ns, stddev_ns) = mean_and_deviation(&samples_ns.iter().map(|&ns| ns as f64).collect::<Vec<_>>());
     let (avg_ts, stddev_ts) = mean_and_deviation(&samples_ts);
@@ -154,6 +175,7 @@ fn row(bundle: &Bundle, args: &BenchArgs, test: Test, samples_ns: Vec<u64>) -> R
         threads,
         n_prompt,
         n_gen,
+        n_depth: test.depth,
         avg_ns,
         stddev_ns,
         avg_ts,
@@ -206,34 +228,65 @@ fn mean_and_deviation(samples: &[f64]) -> (f64, f64) {
     (mean, (squares / (count - 1.0)).sqrt())
 }
 
-fn print(rows: &[Row], json: bool) -> Outcome {
+fn print(rows: &[Row], output: BenchOutput) -> Outcome {
     let mut out = terminal::out();
-    if json {
-        writeln!(out, "{}", serde_json::to_string_pretty(rows)?)?;
-        return Ok(DONE);
+    match output {
+        BenchOutput::Json => {
+            writeln!(out, "{}", serde_json::to_string_pretty(rows)?)?;
+            return Ok(DONE);
+        }
+        BenchOutput::Csv => {
+            writeln!(
+                out,
+                "model,model_size_bytes,engine,threads,n_prompt,n_gen,n_depth,avg_ts,stddev_ts"
+            )?;
+            for row in rows {
+                // A name is a folder's: it may hold commas and quotes.
+                let name = row.model.replace('"', "\"\"");
+                writeln!(
+                    out,
+                    "\"{name}\",{},{},{},{},{},{},{:.3},{:.3}",
+                    row.model_size_bytes,
+                    row.engine,
+                    row.threads,
+                    row.n_prompt,
+                    row.n_gen,
+                    row.n_depth,
+                    row.avg_ts,
+                    row.stddev_ts
+                )?;
+            }
+            return Ok(DONE);
+        }
+        BenchOutput::Md => {}
     }
     let name = rows.iter().map(|row| row.model.len()).max().unwrap_or(0).max(5);
     writeln!(
         out,
-        "| {:<name$} | {:>10} | {:<8} | {:>7} | {:>8} | {:>18} |",
+        "| {:<name$} | {:>10} | {:<8} | {:>7} | {:>14} | {:>18} |",
         "model", "size", "engine", "threads", "test", "t/s"
     )?;
     writeln!(
         out,
-        "| {:-<name$} | ---------: | -------- | ------: | -------: | -----------------: |",
+        "| {:-<name$} | ---------: | -------- | ------: | -------------: | -----------------: |",
         ""
     )?;
     for row in rows {
-        let test = if row.n_gen == 0 {
-            Test::Prefill(row.n_prompt)
+        let kind = if row.n_gen == 0 {
+            Kind::Prefill
         } else {
-            Test::Decode(row.n_gen)
+            Kind::Decode
+        };
+        let test = Test {
+            kind,
+            tokens: row.n_prompt + row.n_gen,
+            depth: row.n_depth,
         };
         let speed = format!("{:.2} ± {:.2}", row.avg_ts, row.stddev_ts);
         let size = terminal::bytes(row.model_size_bytes);
         writeln!(
             out,
-            "| {:<name$} | {size:>10} | {:<8} | {:>7} | {:>8} | {speed:>18} |",
+            "| {:<name$} | {size:>10} | {:<8} | {:>7} | {:>14} | {speed:>18} |",
             row.model,
             row.engine,
             row.threads,

@@ -220,6 +220,20 @@ fn bench_prints_a_table_and_json() {
         ),
         (Some(8), 2)
     );
+    let csv = stdout(&run(&[
+        "bench", "-p", "8", "-n", "2", "-d", "0,64", "-r", "1", "-o", "csv",
+    ]));
+    let rows: Vec<_> = csv.lines().map(|l| l.split(',').collect::<Vec<_>>()).collect();
+    let depths: Vec<_> = rows.iter().skip(1).map(|r| (r[4], r[5], r[6])).collect();
+    assert_eq!(
+        depths,
+        [
+            ("8", "0", "0"),
+            ("0", "2", "0"),
+            ("8", "0", "64"),
+            ("0", "2", "64")
+        ]
+    );
 }
 
 #[test]
@@ -236,6 +250,11 @@ fn exit_codes_mean_something() {
             &["bench", "-p", "9999"],
             2,
             "pp9999 does not fit the context of 512 tokens",
+        ),
+        (
+            &["bench", "-p", "8", "-n", "0", "-d", "9999"],
+            2,
+            "pp8 @ d9999 does not fit the context of 512 tokens",
         ),
         (
             &["generate", "-p", "x", "--temperature", "-1"],
