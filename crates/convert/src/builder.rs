@@ -3,6 +3,7 @@
 use std::io::Read;
 use std::path::Path;
 
+use candle_core::Tensor;
 use candle_coreml_mil::{
     ArrayDescription, DType, Description, Feature, FeatureType, Flexibility, Metadata, Operation,
     PackageWriter, Program, TensorType, Value,
@@ -132,6 +133,32 @@ impl ProgramBuilder {
                 outputs: vec![ty],
             }],
         })
+    }
+
+    /// Writes a tensor as [`ProgramBuilder::weight`] does: what a `VarBuilder` gives, a checkpoint or a computation. It is
+    /// rounded to 16-bit floats.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] when its values are no floats or beyond 65,504, or the compression does not fit its shape.
+    pub fn tensor(&mut self, name: &str, tensor: &Tensor, compression: &Compression) -> Result<Weight> {
+        let wrong = |e: candle_core::Error| Error::tensor(name, e.to_string());
+        if !tensor.dtype().is_float() {
+            return Err(Error::tensor(
+                name,
+                format!("{:?}, floats are needed", tensor.dtype()),
+            ));
+        }
+        let values = tensor
+            .to_dtype(candle_core::DType::F16)
+            .and_then(|t| t.flatten_all());
+        let values: Vec<f16> = values.and_then(|t| t.to_vec1()).map_err(wrong)?;
+        match values.iter().position(|v| !v.is_finite()) {
+            Some(at) => Err(Error::tensor(
+                name,
+                format!("element {at} is beyond 65,504, the largest 16-bit float"),
+            )),
+            None => self.weight(name, tensor.dims(), &values, compression),
+        }
     }
 
     /// Writes a weight that is compressed already.

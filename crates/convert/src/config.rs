@@ -70,6 +70,31 @@ pub enum RopeScaling {
     },
 }
 
+impl RopeScaling {
+    /// The frequency that takes the place of `f`.
+    pub(crate) fn apply(self, f: f64) -> f64 {
+        match self {
+            RopeScaling::Linear(factor) => f / factor,
+            RopeScaling::Llama3 {
+                factor,
+                low,
+                high,
+                context,
+            } => {
+                let wavelength = 2.0 * std::f64::consts::PI / f;
+                if wavelength < context / high {
+                    f
+                } else if wavelength > context / low {
+                    f / factor
+                } else {
+                    let smooth = (context / wavelength - low) / (high - low);
+                    (1.0 - smooth) * f / factor + smooth * f
+                }
+            }
+        }
+    }
+}
+
 /// Sizes and switches of a decoder.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs, reason = "the words of the checkpoints' own configurations")]
@@ -253,26 +278,8 @@ impl DecoderConfig {
         let theta = self.local_rope_theta.filter(|_| local).unwrap_or(self.rope_theta);
         let plain = |i: usize| theta.powf(-2.0 * i as f64 / self.head_dim as f64);
         let other = local && self.local_rope_theta.is_some();
-        let scaled = |f: f64| match self.rope_scaling.filter(|_| !other) {
-            None => f,
-            Some(RopeScaling::Linear(factor)) => f / factor,
-            Some(RopeScaling::Llama3 {
-                factor,
-                low,
-                high,
-                context,
-            }) => {
-                let wavelength = 2.0 * std::f64::consts::PI / f;
-                if wavelength < context / high {
-                    f
-                } else if wavelength > context / low {
-                    f / factor
-                } else {
-                    let smooth = (context / wavelength - low) / (high - low);
-                    (1.0 - smooth) * f / factor + smooth * f
-                }
-            }
-        };
+        let scaling = self.rope_scaling.filter(|_| !other);
+        let scaled = |f: f64| scaling.map_or(f, |s| s.apply(f));
         (0..self.head_dim / 2).map(|i| scaled(plain(i))).collect()
     }
 

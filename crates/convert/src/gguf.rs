@@ -11,8 +11,12 @@ use candle_core::Device;
 use candle_core::quantized::gguf_file::{Content, TensorInfo, Value};
 use serde_json::{Map, json};
 
+use crate::config::RopeScaling;
 use crate::error::{Error, Result};
 use crate::weights::SharedFile;
+
+/// The tensor with one divisor for each rotary frequency.
+const ROPE_FACTORS: &str = "rope_freqs.weight";
 
 /// An opened GGUF file; tensors stay in the mapped file until they are read.
 pub(crate) struct GgufFile {
@@ -98,6 +102,11 @@ impl GgufFile {
         self.get(key)?.to_bool().ok()
     }
 
+    fn floats(&self, key: &str) -> Option<Vec<f32>> {
+        let list = self.get(key)?.to_vec().ok()?;
+        list.iter().map(|v| v.to_f32().ok()).collect()
+    }
+
     fn strings(&self, key: &str) -> Option<Vec<&str>> {
         let list = self.get(key)?.to_vec().ok()?;
         list.iter()
@@ -152,12 +161,9 @@ impl GgufFile {
                 );
             }
         }
-        if self.content.tensor_infos.contains_key("rope_freqs.weight") {
-            // The factors of Llama 3.1 and later, which come as a tensor here.
-            config.insert(
-                "rope_scaling".into(),
-                json!({ "rope_type": "factors of a GGUF file (rope_freqs)" }),
-            );
+        if self.content.tensor_infos.contains_key(ROPE_FACTORS) {
+            let theta = self.float(&key("rope.freq_base")).unwrap_or(1e4);
+            config.insert("rope_scaling".into(), self.llama3_scaling(theta)?);
         }
         let vocabulary = self
             .strings("tokenizer.ggml.tokens")
@@ -176,6 +182,41 @@ impl GgufFile {
             }
         }
         Ok(format!("{:#}\n", serde_json::Value::Object(config)))
+    }
+
+    /// The scaling of Llama 3.1 and later, which comes as one divisor for each frequency here.
+    fn llama3_scaling(&self, theta: f64) -> Result<serde_json::Value> {
+        let info = self.content.tensor_infos.get(ROPE_FACTORS);
+        let tensor = GgufTensor {
+            name: ROPE_FACTORS.to_owned(),
+            shape: info.map(|i| i.shape.dims().to_vec()).unwrap_or_default(),
+            stored: ROPE_FACTORS.to_owned(),
+            undo: Undo::Nothing,
+        };
+        let count = tensor.shape.first().copied().unwrap_or(0);
+        let factors = self.read(&tensor, 0..count)?;
+        let factor = f64::from(factors.iter().fold(1f32, |m, &v| m.max(v)));
+        let scaling = RopeScaling::Llama3 {
+            factor,
+            low: 1.0,
+            high: 4.0,
+            context: 8192.0,
+        };
+        let plain = |i: usize| theta.powf(-(i as f64) / count as f64);
+        let same = |(i, &stored): (usize, &f32)| {
+            let expected = plain(i) / scaling.apply(plain(i));
+            (expected - f64::from(stored)).abs() <= 1e-3 * expected
+        };
+        if !factors.iter().enumerate().all(same) {
+            return Err(Error::Unsupported {
+                file: self.name.clone(),
+                what: format!("the factors of {ROPE_FACTORS}; those of Llama 3.1 and later are supported"),
+            });
+        }
+        Ok(json!({
+            "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }))
     }
 
     /// All tensors that a decoder has.
@@ -322,6 +363,76 @@ fn hugging_face_name(stored: &str, arch: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use candle_core::Tensor;
+    use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
+
+    fn open(metadata: &[(&str, Value)], tensors: &[(&str, QTensor)]) -> GgufFile {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.gguf");
+        let metadata: Vec<(&str, &Value)> = metadata.iter().map(|(k, v)| (*k, v)).collect();
+        let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(n, t)| (*n, t)).collect();
+        gguf_file::write(&mut File::create(&path).unwrap(), &metadata, &tensors).unwrap();
+        GgufFile::open(&path).unwrap()
+    }
+
+    fn wave(shape: &[usize]) -> Tensor {
+        let count: usize = shape.iter().product();
+        let values: Vec<f32> = (0..count).map(|i| (i as f32 * 0.37).sin()).collect();
+        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn rows_of_every_quantisation_are_those_of_the_whole_tensor() {
+        use GgmlDType::*;
+        for dtype in [
+            F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2K, Q3K, Q4K, Q5K, Q6K,
+        ] {
+            let stored = QTensor::quantize(&wave(&[6, 512]), dtype).unwrap();
+            let whole = stored.dequantize(&Device::Cpu).unwrap();
+            let whole: Vec<f32> = whole.flatten_all().unwrap().to_vec1().unwrap();
+            let file = open(
+                &[("general.architecture", Value::String("qwen2".into()))],
+                &[("blk.0.ffn_up.weight", stored)],
+            );
+            let tensor = file.tensors().unwrap().remove(0);
+            assert_eq!(tensor.name, "model.layers.0.mlp.up_proj.weight");
+            assert_eq!(file.read(&tensor, 0..6).unwrap(), whole, "{dtype:?}");
+            assert_eq!(
+                file.read(&tensor, 2..4).unwrap(),
+                whole[2 * 512..4 * 512],
+                "{dtype:?}"
+            );
+            assert!(file.read(&tensor, 5..7).is_err());
+        }
+    }
+
+    #[test]
+    fn the_factors_of_llama_3_become_its_scaling_and_others_are_refused() {
+        let scaling = RopeScaling::Llama3 {
+            factor: 32.0,
+            low: 1.0,
+            high: 4.0,
+            context: 8192.0,
+        };
+        let plain = |i: usize| 500_000f64.powf(-(i as f64) / 32.0);
+        let factors: Vec<f32> = (0..32)
+            .map(|i| (plain(i) / scaling.apply(plain(i))) as f32)
+            .collect();
+        let file = |factors: Vec<f32>| {
+            let tensor = Tensor::from_vec(factors, 32, &Device::Cpu).unwrap();
+            let stored = QTensor::quantize(&tensor, GgmlDType::F32).unwrap();
+            open(&[], &[(ROPE_FACTORS, stored)])
+        };
+        let found = file(factors.clone()).llama3_scaling(500_000.0).unwrap();
+        assert_eq!(
+            (found["rope_type"].as_str(), found["factor"].as_f64()),
+            (Some("llama3"), Some(32.0))
+        );
+        let mut other = factors;
+        other[3] = 2.0;
+        let error = file(other).llama3_scaling(500_000.0).unwrap_err().to_string();
+        assert!(error.contains("the factors of rope_freqs.weight"), "{error}");
+    }
 
     #[test]
     fn pairs_go_back_to_halves() {

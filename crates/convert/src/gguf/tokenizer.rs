@@ -1,5 +1,7 @@
 //! `tokenizer.json` rebuilt from the vocabulary and merges of a GGUF file.
 
+use std::collections::HashMap;
+
 use candle_core::quantized::gguf_file::Value as Stored;
 use serde_json::{Map, Value, json};
 
@@ -7,6 +9,7 @@ use super::GgufFile;
 use crate::error::{Error, Result};
 
 /// Kinds of tokens as GGUF numbers them.
+const NORMAL: i64 = 1;
 const CONTROL: i64 = 3;
 const USER_DEFINED: i64 = 4;
 
@@ -28,10 +31,14 @@ fn tokenizer(file: &GgufFile) -> Result<Value> {
         file: file.name().to_owned(),
         what,
     };
-    if kind != "gpt2" {
-        return Err(unsupported(format!(
-            "a tokenizer of kind {kind:?}; \"gpt2\" (byte-level merges) is rebuilt, for others put tokenizer.json beside the file"
-        )));
+    match kind {
+        "gpt2" => {}
+        "llama" => return sentence_pieces(file),
+        _ => {
+            return Err(unsupported(format!(
+                "a tokenizer of kind {kind:?}; \"gpt2\" (byte-level merges) and \"llama\" (sentence pieces) are rebuilt, for others put tokenizer.json beside the file"
+            )));
+        }
     }
     let pre = file.text("tokenizer.ggml.pre").unwrap_or("default");
     let (pre_tokenizer, whole_words) = pre_tokenizer(pre).ok_or_else(|| {
@@ -80,6 +87,76 @@ fn tokenizer(file: &GgufFile) -> Result<Value> {
     }))
 }
 
+/// A tokenizer of sentence pieces with merges: Llama 2, Mistral, Gemma. The file has scores instead of merges; a piece of a
+/// higher score is merged first.
+fn sentence_pieces(file: &GgufFile) -> Result<Value> {
+    let missing = |key: &str| file.missing(key);
+    const TOKENS: &str = "tokenizer.ggml.tokens";
+    const SCORES: &str = "tokenizer.ggml.scores";
+    let tokens = file.strings(TOKENS).ok_or_else(|| missing(TOKENS))?;
+    let scores = file.floats(SCORES).ok_or_else(|| missing(SCORES))?;
+    let vocabulary: Map<String, Value> = tokens
+        .iter()
+        .enumerate()
+        .map(|(id, t)| ((*t).to_owned(), id.into()))
+        .collect();
+    let space = json!({ "type": "Replace", "pattern": { "String": " " }, "content": "▁" });
+    let back = json!({ "type": "Replace", "pattern": { "String": "▁" }, "content": " " });
+    let mut normalizers = vec![space];
+    let mut decoders = vec![back, json!({ "type": "ByteFallback" }), json!({ "type": "Fuse" })];
+    if file.flag("tokenizer.ggml.add_space_prefix").unwrap_or(true) {
+        normalizers.insert(0, json!({ "type": "Prepend", "prepend": "▁" }));
+        decoders.push(json!({ "type": "Strip", "content": " ", "start": 1, "stop": 0 }));
+    }
+    let unknown = special(file, &tokens, "unk").map(|(_, token)| token);
+    Ok(json!({
+        "version": "1.0",
+        "truncation": null,
+        "padding": null,
+        "added_tokens": added_tokens(file, &tokens),
+        "normalizer": { "type": "Sequence", "normalizers": normalizers },
+        "pre_tokenizer": null,
+        "post_processor": first_token(file, &tokens),
+        "decoder": { "type": "Sequence", "decoders": decoders },
+        "model": {
+            "type": "BPE",
+            "dropout": null,
+            "unk_token": unknown,
+            "continuing_subword_prefix": null,
+            "end_of_word_suffix": null,
+            "fuse_unk": true,
+            "byte_fallback": true,
+            "ignore_merges": false,
+            "vocab": vocabulary,
+            "merges": merges(&tokens, &scores, &kinds(file)),
+        },
+    }))
+}
+
+/// Every way to make a piece of two others, best pieces first.
+fn merges(tokens: &[&str], scores: &[f32], kinds: &[i64]) -> Vec<Value> {
+    let ids: HashMap<&str, usize> = tokens.iter().enumerate().map(|(id, t)| (*t, id)).collect();
+    let mut pairs: Vec<(f32, usize, usize, usize)> = Vec::new();
+    for (id, (token, &score)) in tokens.iter().zip(scores).enumerate() {
+        // Special tokens are not made of text.
+        if kinds.get(id).is_some_and(|&kind| kind != NORMAL) {
+            continue;
+        }
+        for (at, _) in token.char_indices().skip(1) {
+            let (left, right) = token.split_at(at);
+            if let (Some(&left), Some(&right)) = (ids.get(left), ids.get(right)) {
+                pairs.push((score, id, left, right));
+            }
+        }
+    }
+    pairs.sort_by(|a, b| b.0.total_cmp(&a.0).then((a.2, a.3).cmp(&(b.2, b.3))));
+    let text = |id: usize| tokens.get(id).copied().unwrap_or_default();
+    pairs
+        .into_iter()
+        .map(|(_, _, left, right)| json!([text(left), text(right)]))
+        .collect()
+}
+
 /// The pre-tokenizer, and whether words that are tokens are taken without merging.
 fn pre_tokenizer(name: &str) -> Option<(Value, bool)> {
     let bytes = |regex: bool| json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": regex });
@@ -102,18 +179,23 @@ fn pre_tokenizer(name: &str) -> Option<(Value, bool)> {
     })
 }
 
-fn added_tokens(file: &GgufFile, tokens: &[&str]) -> Vec<Value> {
-    let kinds = file
-        .get("tokenizer.ggml.token_type")
-        .and_then(|v| v.to_vec().ok());
+/// The kind of each token; none where the file does not say.
+fn kinds(file: &GgufFile) -> Vec<i64> {
     let kind = |v: &Stored| match v {
         Stored::I32(n) => i64::from(*n),
         Stored::U32(n) => i64::from(*n),
         _ => 0,
     };
-    let kinds = kinds
-        .map(|list| list.iter().map(kind).collect::<Vec<_>>())
-        .unwrap_or_default();
+    let kinds = file
+        .get("tokenizer.ggml.token_type")
+        .and_then(|v| v.to_vec().ok());
+    kinds
+        .map(|list| list.iter().map(kind).collect())
+        .unwrap_or_default()
+}
+
+fn added_tokens(file: &GgufFile, tokens: &[&str]) -> Vec<Value> {
+    let kinds = kinds(file);
     let added = tokens
         .iter()
         .zip(kinds)
@@ -136,7 +218,9 @@ fn added_tokens(file: &GgufFile, tokens: &[&str]) -> Vec<Value> {
 
 /// Puts the first token of every text, where the model was trained with one.
 fn first_token(file: &GgufFile, tokens: &[&str]) -> Value {
-    let wanted = file.flag("tokenizer.ggml.add_bos_token").unwrap_or(false);
+    // Sentence pieces have it unless the file says otherwise.
+    let pieces = file.text("tokenizer.ggml.model") == Some("llama");
+    let wanted = file.flag("tokenizer.ggml.add_bos_token").unwrap_or(pieces);
     let Some((id, token)) = special(file, tokens, "bos").filter(|_| wanted) else {
         return Value::Null;
     };
