@@ -217,7 +217,12 @@ pub fn conformance(arguments: &[String]) -> Result<()> {
     }
     // Failed tests are what the record is for.
     command.status().map_err(|e| format!("{command:?}: {e}"))?;
-    let outcomes = outcomes(&record)?;
+    let mut outcomes = outcomes(&record)?;
+    if !asked.torch {
+        let all = outcomes.len();
+        outcomes.retain(|outcome| !outcome.asks_for_torch());
+        println!("{} tests ask for PyTorch and are left out", all - outcomes.len());
+    }
     let command = format!("cargo xtask conformance {}", arguments.join(" "));
     let report = report(&outcomes, command.trim());
     println!("{report}");
@@ -326,6 +331,14 @@ struct Outcome {
     test: String,
     reason: String,
     exception: Option<&'static Exception>,
+}
+
+impl Outcome {
+    /// It failed where Python found no PyTorch, before anything was predicted.
+    fn asks_for_torch(&self) -> bool {
+        let words = ["name 'torch' is not defined", "No module named 'torch'"];
+        self.failed && !self.reached && words.iter().any(|w| self.reason.contains(w))
+    }
 }
 
 fn outcomes(record: &Path) -> Result<Vec<Outcome>> {
@@ -478,6 +491,24 @@ fn run(command: &mut Command) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_test_without_pytorch_is_told_from_one_that_fails() {
+        let line = |reached: &str, reason: &str| {
+            format!(
+                r#"{{"test": "a.py::t", "outcome": "failed", "reached": {reached}, "reason": "{reason}"}}"#
+            )
+        };
+        for (reached, reason, expected) in [
+            ("[]", "NameError: name 'torch' is not defined", true),
+            ("[]", "ModuleNotFoundError: No module named 'torch'", true),
+            ("[8]", "NameError: name 'torch' is not defined", false),
+            ("[]", "no such operator", false),
+        ] {
+            let outcome = outcome(&line(reached, reason)).expect("a record");
+            assert_eq!(outcome.asks_for_torch(), expected, "{reached} {reason}");
+        }
+    }
 
     #[test]
     fn a_record_becomes_a_table_with_reasons() {

@@ -4,8 +4,8 @@ use crate::allowed;
 use crate::convert::{self, Target};
 use crate::engine::{EngineKind, EngineState};
 use crate::error::{Error, FeatureRole};
-use candle_core::Tensor;
-use candle_coreml_mil::{Feature, FeatureType, FunctionDescription};
+use candle_core::{DType, Tensor};
+use candle_coreml_mil::{DType as Declared, Feature, FeatureType, FunctionDescription};
 use std::sync::Arc;
 
 /// The state buffers of a model, made by [`CoreMLModel::make_state`](crate::CoreMLModel::make_state).
@@ -75,6 +75,54 @@ impl CoreMLState {
         let prepared = convert::prepare(self.target(name)?, tensor)?;
         let locked = prepared.lock()?;
         self.inner.write(name, locked.array())
+    }
+
+    /// Every buffer by name, as the engine keeps it: 32-bit floats where the portable engine has them for a declared fp16, so
+    /// that nothing is lost when they are saved and [restored](Self::restore).
+    ///
+    /// # Errors
+    /// [`Error::Engine`] when the engine fails.
+    pub fn snapshot(&self) -> Result<Vec<(String, Tensor)>, Error> {
+        self.names()
+            .map(|name| Ok((name.to_string(), self.inner.read(name)?)))
+            .collect()
+    }
+
+    /// Replaces every buffer by those of a [`snapshot`](Self::snapshot), of this engine or another.
+    ///
+    /// # Errors
+    /// [`Error::UnknownState`] for a name there is no buffer of, or for a buffer that is not among them; otherwise as
+    /// [`write`](Self::write). Buffers may then be replaced in part.
+    pub fn restore(&mut self, buffers: &[(String, Tensor)]) -> Result<(), Error> {
+        let found = |name: &str| buffers.iter().find(|(n, _)| n == name).map(|(_, t)| t);
+        if let Some((name, _)) = buffers.iter().find(|(n, _)| !self.names().any(|own| own == n)) {
+            self.target(name)?;
+        }
+        let features = self.features.clone();
+        for feature in features.iter() {
+            let tensor = found(&feature.name).ok_or_else(|| Error::UnknownState {
+                name: feature.name.clone(),
+                allowed: buffers.iter().map(|(n, _)| n.clone()).collect(),
+            })?;
+            let target = self.target(&feature.name)?;
+            let mut wide = target.array.clone();
+            if self.engine == EngineKind::Portable
+                && tensor.dtype() == DType::F32
+                && wide.dtype == Declared::Fp16
+            {
+                wide.dtype = Declared::Fp32;
+            }
+            let prepared = convert::prepare(
+                Target {
+                    array: &wide,
+                    ..target
+                },
+                tensor,
+            )?;
+            let locked = prepared.lock()?;
+            self.inner.write(&feature.name, locked.array())?;
+        }
+        Ok(())
     }
 
     /// Sets every buffer to zero, as `make_state` gave it.
@@ -159,8 +207,7 @@ mod tests {
     use super::*;
     use crate::CoreMLModel;
     use crate::engine::fake::{FakeEngine, state};
-    use candle_core::{DType, Device};
-    use candle_coreml_mil::DType as Declared;
+    use candle_core::Device;
 
     fn model(name: &str, states: Vec<Feature>) -> CoreMLModel {
         let function = FunctionDescription {
@@ -250,6 +297,30 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_snapshot_is_the_whole_state_and_fits_its_own_declarations_only() {
+        let mut made = model("main", vec![cache()]).make_state().unwrap();
+        let third = Tensor::full(1.0f32 / 3.0, (2, 3), &Device::Cpu).unwrap();
+        made.restore(&[("cache".to_string(), third)]).unwrap();
+        let snapshot = made.snapshot().unwrap();
+        assert_eq!(
+            snapshot[0].1.to_vec2::<f32>().unwrap()[1],
+            [1.0 / 3.0; 3],
+            "not rounded to fp16"
+        );
+        made.reset().unwrap();
+        made.restore(&snapshot).unwrap();
+        assert!((sum(&made, "cache") - 2.0).abs() < 1e-3);
+        let mut other = model("main", vec![state("kv", Declared::Fp16, &[2, 3])])
+            .make_state()
+            .unwrap();
+        assert!(matches!(other.restore(&snapshot), Err(Error::UnknownState { name, .. }) if name == "cache"));
+        assert!(matches!(made.restore(&[]), Err(Error::UnknownState { .. })));
+        let wrong = Tensor::zeros((3, 2), DType::F32, &Device::Cpu).unwrap();
+        let wrong = made.restore(&[("cache".to_string(), wrong)]);
+        assert!(matches!(wrong, Err(Error::Shape { .. })));
     }
 
     #[test]

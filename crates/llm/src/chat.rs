@@ -1,6 +1,8 @@
 //! Turns of a conversation through a chat template.
 
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::session::{Completion, GenerateOptions, Piece, Session};
@@ -96,6 +98,45 @@ impl Chat {
     /// The tokens behind it.
     pub fn session(&self) -> &Session {
         &self.session
+    }
+
+    /// Writes the conversation, what was computed of it and its messages to `path`, as [`Session::save`] does.
+    ///
+    /// # Errors
+    /// As [`Session::save`].
+    pub fn save(&self, path: impl AsRef<Path>, model: &str) -> Result<(), Error> {
+        let extra = BTreeMap::from([
+            (
+                "messages".to_string(),
+                serde_json::json!(self.messages).to_string(),
+            ),
+            ("text".to_string(), self.text.clone()),
+            ("ids".to_string(), serde_json::json!(self.ids).to_string()),
+        ]);
+        self.session.save_with(path.as_ref(), model, extra)
+    }
+
+    /// Takes up a conversation that [`Chat::save`] wrote.
+    ///
+    /// # Errors
+    /// As [`Session::load`], also for a session without messages.
+    pub fn load(&mut self, path: impl AsRef<Path>, model: &str) -> Result<(), Error> {
+        let path = path.as_ref();
+        let failed = |reason: String| Error::Session {
+            file: path.display().to_string(),
+            reason,
+        };
+        let mut extra = self.session.load_with(path, model)?;
+        let mut take = |key: &str| {
+            extra
+                .remove(key)
+                .ok_or_else(|| failed(format!("no {key:?}: not a chat")))
+        };
+        let messages = serde_json::from_str(&take("messages")?).map_err(|e| failed(e.to_string()))?;
+        let ids = serde_json::from_str(&take("ids")?).map_err(|e| failed(e.to_string()))?;
+        let text = take("text")?;
+        (self.messages, self.ids, self.text) = (messages, ids, text);
+        Ok(())
     }
 
     /// Forgets everything and starts with a system message, or with none where `content` is empty.

@@ -68,6 +68,14 @@ pub enum Error {
         /// What does not fit, and what would.
         what: String,
     },
+    /// A saved conversation could not be written or read, or belongs to another model.
+    #[error("{file}: {reason}")]
+    Session {
+        /// The file.
+        file: String,
+        /// What is wrong.
+        reason: String,
+    },
     /// The engine refused or failed.
     #[error("{part}: {source}")]
     Engine {

@@ -23,6 +23,7 @@ mod chat;
 mod error;
 mod model;
 mod sampling;
+mod saved;
 mod session;
 mod stops;
 mod template;

@@ -1,5 +1,7 @@
 //! What the text loop asks of a model.
 
+use candle_core::Tensor;
+
 use crate::Error;
 
 /// A language model with one conversation's memory.
@@ -38,6 +40,18 @@ pub trait LanguageModel: Send {
     /// # Errors
     /// What the engine says when it cannot copy its state.
     fn fork(&self) -> Result<Box<dyn LanguageModel>, Error>;
+
+    /// The memory as named buffers, as exact as the engine keeps them.
+    ///
+    /// # Errors
+    /// What the engine says when it cannot read its state.
+    fn snapshot(&self) -> Result<Vec<(String, Tensor)>, Error>;
+
+    /// Replaces the memory by that of a [`snapshot`](LanguageModel::snapshot) of the same model.
+    ///
+    /// # Errors
+    /// What the engine says of buffers that do not fit; the memory is then void.
+    fn restore(&mut self, buffers: &[(String, Tensor)]) -> Result<(), Error>;
 }
 
 /// What a model predicts for the next token.

@@ -1,12 +1,15 @@
 //! One conversation: what was said, what the model has computed of it, and the loop that continues it.
 
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::Error;
 use crate::model::{LanguageModel, Prediction};
 use crate::sampling::{History, Logprobs, Sampler, Sampling};
+use crate::saved::Saved;
 use crate::stops::Stops;
 use crate::tokenizer::{TextStream, Tokenizer};
 
@@ -236,6 +239,50 @@ impl Session {
     pub fn reset(&mut self) {
         self.tokens.clear();
         self.cached = 0;
+    }
+
+    /// Writes the conversation and what was computed of it to `path`; `model` says which model it belongs to, for instance by
+    /// [`Bundle::fingerprint`](crate::Bundle::fingerprint). A file of that name is replaced when the new one is whole.
+    ///
+    /// # Errors
+    /// [`Error::Session`] when it cannot be written, and what the engine says when its state cannot be read.
+    pub fn save(&self, path: impl AsRef<Path>, model: &str) -> Result<(), Error> {
+        self.save_with(path.as_ref(), model, BTreeMap::new())
+    }
+
+    /// As [`Session::save`], with more in the file.
+    pub(crate) fn save_with(
+        &self,
+        path: &Path,
+        model: &str,
+        extra: BTreeMap<String, String>,
+    ) -> Result<(), Error> {
+        let saved = Saved {
+            tokens: self.tokens.clone(),
+            cached: self.cached,
+            buffers: self.model.snapshot()?,
+            extra,
+        };
+        saved.write(path, model)
+    }
+
+    /// Takes up a conversation that [`Session::save`] wrote, in the place of this one's.
+    ///
+    /// # Errors
+    /// [`Error::Session`] when the file cannot be read, is no conversation or belongs to another model; this conversation is
+    /// then as it was. What the engine says of buffers that do not fit; this conversation is then empty.
+    pub fn load(&mut self, path: impl AsRef<Path>, model: &str) -> Result<(), Error> {
+        self.load_with(path.as_ref(), model).map(|_| ())
+    }
+
+    /// As [`Session::load`], with what else is in the file.
+    pub(crate) fn load_with(&mut self, path: &Path, model: &str) -> Result<BTreeMap<String, String>, Error> {
+        let saved = Saved::read(path, model)?;
+        self.reset();
+        self.model.restore(&saved.buffers)?;
+        self.tokens = saved.tokens;
+        self.cached = saved.cached;
+        Ok(saved.extra)
     }
 
     /// A second conversation that starts with this one's tokens; weights are shared.
@@ -504,6 +551,7 @@ mod tests {
     use super::*;
     use crate::anemll::toy::{Calls, Toy, VOCABULARY};
     use crate::tokenizer::tests::bytes_tokenizer;
+    use candle_core::Tensor;
 
     const END: u32 = 259;
 
@@ -562,6 +610,14 @@ mod tests {
             Ok(Prediction::Token(self.says[tokens.len() - self.from]))
         }
 
+        fn snapshot(&self) -> Result<Vec<(String, Tensor)>, Error> {
+            Ok(Vec::new())
+        }
+
+        fn restore(&mut self, _buffers: &[(String, Tensor)]) -> Result<(), Error> {
+            Ok(())
+        }
+
         fn fork(&self) -> Result<Box<dyn LanguageModel>, Error> {
             Ok(Box::new(Script {
                 says: self.says.clone(),
@@ -576,6 +632,40 @@ mod tests {
             from: 1,
         };
         Session::new(Box::new(model), Arc::new(bytes_tokenizer()), vec![END].into())
+    }
+
+    #[test]
+    fn a_saved_conversation_goes_on_where_it_was_and_with_its_model_only() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("talk.session");
+        let (mut first, _) = session(&Toy::default());
+        run(&mut first, &prompt(70), &at_most(5));
+        let known = first.cached_tokens();
+        first.save(&path, "a model").unwrap();
+        let longer = [first.tokens(), &[7, 8, 9]].concat();
+        let expected = run(&mut first, &longer, &at_most(6));
+        let (mut second, calls) = session(&Toy::default());
+        second.load(&path, "a model").unwrap();
+        assert_eq!((second.tokens().len(), second.cached_tokens()), (75, known));
+        let before = calls.lock().unwrap().len();
+        let done = run(&mut second, &longer, &at_most(6));
+        assert_eq!((done.tokens, done.reused_tokens), (expected.tokens, known));
+        assert!(calls.lock().unwrap().len() > before);
+        let words = second.load(&path, "another").unwrap_err().to_string();
+        assert!(
+            words.contains("it belongs to the model a model, this one is another"),
+            "{words}"
+        );
+        assert_eq!(second.tokens().len(), longer.len() + 6, "as it was");
+        let whole = std::fs::read(&path).unwrap();
+        for length in [0, 1, 8, 40, whole.len() / 2, whole.len() - 1] {
+            std::fs::write(&path, &whole[..length]).unwrap();
+            assert!(
+                matches!(second.load(&path, "a model"), Err(Error::Session { .. })),
+                "{length}"
+            );
+        }
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 
     #[test]

@@ -61,6 +61,14 @@ impl Part for CoreMlPart {
         state.fork().map_err(|e| self.failed(e))
     }
 
+    fn snapshot_state(&self, state: &CoreMLState) -> Result<Vec<(String, Tensor)>, Error> {
+        state.snapshot().map_err(|e| self.failed(e))
+    }
+
+    fn restore_state(&self, state: &mut CoreMLState, buffers: &[(String, Tensor)]) -> Result<(), Error> {
+        state.restore(buffers).map_err(|e| self.failed(e))
+    }
+
     fn predict(
         &self,
         inputs: &[(&str, &Tensor)],

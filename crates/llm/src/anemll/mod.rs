@@ -149,9 +149,7 @@ impl<P: Part> LanguageModel for AnemllModel<P> {
         let wired = Arc::clone(&self.wired);
         let mut states = Vec::with_capacity(self.states.len());
         for (index, state) in self.states.iter().enumerate() {
-            let owner = wired.chunks.iter().find(|chunk| chunk.state == index);
-            let owner = owner.expect("every state was made by a chunk that uses it");
-            states.push(owner.infer.fork_state(state)?);
+            states.push(wired.owner(index).fork_state(state)?);
         }
         Ok(Box::new(AnemllModel {
             wired,
@@ -159,9 +157,41 @@ impl<P: Part> LanguageModel for AnemllModel<P> {
             logits: Vec::new(),
         }))
     }
+
+    fn snapshot(&self) -> Result<Vec<(String, Tensor)>, Error> {
+        let mut all = Vec::new();
+        for (index, state) in self.states.iter().enumerate() {
+            let buffers = self.wired.owner(index).snapshot_state(state)?;
+            all.extend(
+                buffers
+                    .into_iter()
+                    .map(|(name, tensor)| (format!("{index}/{name}"), tensor)),
+            );
+        }
+        Ok(all)
+    }
+
+    fn restore(&mut self, buffers: &[(String, Tensor)]) -> Result<(), Error> {
+        for (index, state) in self.states.iter_mut().enumerate() {
+            let prefix = format!("{index}/");
+            let own = buffers
+                .iter()
+                .filter_map(|(name, tensor)| Some((name.strip_prefix(&prefix)?.to_string(), tensor.clone())));
+            self.wired
+                .owner(index)
+                .restore_state(state, &own.collect::<Vec<_>>())?;
+        }
+        Ok(())
+    }
 }
 
 impl<P: Part> Wired<P> {
+    /// The part that made state number `index`.
+    fn owner(&self, index: usize) -> &P {
+        let chunk = self.chunks.iter().find(|chunk| chunk.state == index);
+        &chunk.expect("every state was made by a chunk that uses it").infer
+    }
+
     fn new(components: Components<P>) -> Result<Self, Error> {
         let Components {
             embeddings,

@@ -28,6 +28,12 @@ pub(crate) trait Part: Send + Sync + Sized + 'static {
     /// A copy of the buffers.
     fn fork_state(&self, state: &Self::State) -> Result<Self::State, Error>;
 
+    /// The buffers by name, as the engine keeps them.
+    fn snapshot_state(&self, state: &Self::State) -> Result<Vec<(String, Tensor)>, Error>;
+
+    /// Replaces the buffers.
+    fn restore_state(&self, state: &mut Self::State, buffers: &[(String, Tensor)]) -> Result<(), Error>;
+
     /// One prediction: all outputs by name.
     fn predict(
         &self,

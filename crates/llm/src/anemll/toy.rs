@@ -293,6 +293,26 @@ impl Part for ToyPart {
         Ok(state.clone())
     }
 
+    fn snapshot_state(&self, state: &Cache) -> Result<Vec<(String, Tensor)>, Error> {
+        // Slots that were never written are -1.
+        let slots = state.0.iter().flatten().map(|v| v.unwrap_or(-1));
+        let shape = (self.toy.chunks, self.toy.slots);
+        Ok(vec![(
+            "cache".to_string(),
+            Tensor::from_iter(slots, &Device::Cpu)?.reshape(shape)?,
+        )])
+    }
+
+    fn restore_state(&self, state: &mut Cache, buffers: &[(String, Tensor)]) -> Result<(), Error> {
+        let rows = buffers[0].1.to_vec2::<i64>()?;
+        let known = |v: i64| Some(v).filter(|&v| v >= 0);
+        state.0 = rows
+            .into_iter()
+            .map(|row| row.into_iter().map(known).collect())
+            .collect();
+        Ok(())
+    }
+
     fn predict(
         &self,
         inputs: &[(&str, &Tensor)],

@@ -54,6 +54,23 @@ impl Files {
         }
     }
 
+    /// Calls `see` with path and content of every file below `folder`, in the order of their paths.
+    pub(crate) fn visit(&self, folder: &str, see: &mut dyn FnMut(&str, &[u8])) -> Result<(), Error> {
+        match &self.0 {
+            Place::Memory { files, .. } => {
+                let inside = |path: &str| {
+                    path.strip_prefix(folder)
+                        .is_some_and(|rest| rest.starts_with('/'))
+                };
+                for (path, bytes) in files.iter().filter(|(path, _)| inside(path)) {
+                    see(path, bytes);
+                }
+                Ok(())
+            }
+            Place::Directory(root) => visit_below(&root.join(folder), folder, see),
+        }
+    }
+
     /// The files below `folder`, with their paths from there; `None` for a bundle on disk.
     pub fn below(&self, folder: &str) -> Option<BTreeMap<String, Bytes>> {
         let Place::Memory { files, .. } = &self.0 else {
@@ -143,6 +160,26 @@ fn read_file(path: &Path) -> Result<Option<Bytes>, Error> {
     std::fs::read(path)
         .map(|bytes| Some(Bytes::from(bytes)))
         .map_err(failed)
+}
+
+fn visit_below(path: &Path, name: &str, see: &mut dyn FnMut(&str, &[u8])) -> Result<(), Error> {
+    let failed = |source| Error::Read {
+        file: path.display().to_string(),
+        source,
+    };
+    if !path.is_dir() {
+        see(name, &std::fs::read(path).map_err(failed)?);
+        return Ok(());
+    }
+    let entries = std::fs::read_dir(path).map_err(failed)?;
+    let mut names: Vec<String> = entries
+        .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+        .collect::<Result<_, std::io::Error>>()
+        .map_err(failed)?;
+    names.sort();
+    names
+        .iter()
+        .try_for_each(|inner| visit_below(&path.join(inner), &format!("{name}/{inner}"), see))
 }
 
 #[cfg(test)]

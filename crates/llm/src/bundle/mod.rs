@@ -11,6 +11,8 @@ use std::sync::Arc;
 
 use candle_coreml::{ComputeUnits, CoreMLModelBuilder, EngineKind, Numerics, Source};
 
+use sha2::{Digest, Sha256};
+
 use crate::anemll::{AnemllModel, Components, CoreMlPart, Vocabulary};
 use crate::model::LanguageModel;
 use crate::template::{ChatTemplate, Message};
@@ -114,6 +116,26 @@ impl Bundle {
             parts,
             end_tokens,
         })
+    }
+
+    /// A hash (SHA-256, hexadecimal) of every file of its packages: what a saved conversation belongs to. Reads them all.
+    ///
+    /// # Errors
+    /// [`Error::Read`] for files that cannot be read.
+    pub fn fingerprint(&self) -> Result<String, Error> {
+        let parts = [&self.parts.embeddings]
+            .into_iter()
+            .chain(&self.parts.chunks)
+            .chain([&self.parts.head]);
+        let mut hash = Sha256::new();
+        for part in parts {
+            self.files.visit(part, &mut |path, bytes| {
+                hash.update(path.as_bytes());
+                hash.update(bytes.len().to_le_bytes());
+                hash.update(bytes);
+            })?;
+        }
+        Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
     }
 
     /// Opens the packages and wires them.
