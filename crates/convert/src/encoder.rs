@@ -9,6 +9,7 @@ use crate::builder::{ProgramBuilder, Weight};
 use crate::compress::{Compression, Progress};
 use crate::config::Reader;
 use crate::error::{Error, Result};
+use crate::folder::PartialFolder;
 use crate::function::{Arg, FunctionBuilder, Var};
 use crate::layers::as_i32;
 use crate::literal;
@@ -161,6 +162,11 @@ impl EncoderConfig {
             }
         };
         let (hidden, heads) = (config.size("hidden_size")?, config.size("num_attention_heads")?);
+        let (layers, intermediate) = (
+            config.size("num_hidden_layers")?,
+            config.size("intermediate_size")?,
+        );
+        config.check_sizes(layers, hidden, intermediate)?;
         if hidden % heads != 0 {
             return Err(Error::malformed(
                 config.file,
@@ -170,15 +176,18 @@ impl EncoderConfig {
         // RoBERTa counts positions from behind the padding token.
         let first_position = match kind.as_str() {
             "bert" => 0,
-            _ => 1 + config.get("pad_token_id").and_then(Value::as_u64).unwrap_or(1) as usize,
+            _ => {
+                let padding = config.get("pad_token_id").and_then(Value::as_u64).unwrap_or(1);
+                usize::try_from(padding).unwrap_or(usize::MAX).saturating_add(1)
+            }
         };
         let table = config.size_or("max_position_embeddings", Some(512))?;
         let max_tokens = table.checked_sub(first_position).filter(|&n| n > 0);
         Ok(EncoderConfig {
             hidden,
-            layers: config.size("num_hidden_layers")?,
+            layers,
             heads,
-            intermediate: config.size("intermediate_size")?,
+            intermediate,
             vocabulary: config.size("vocab_size")?,
             max_tokens: max_tokens
                 .ok_or_else(|| config.wrong("max_position_embeddings", "more positions"))?,
@@ -218,7 +227,8 @@ pub fn convert_encoder(
     }
     let checkpoint = Checkpoint::open(from)?;
     let tensors = Tensors::new(&checkpoint)?;
-    std::fs::create_dir_all(to).map_err(Error::io(to))?;
+    let folder = PartialFolder::create(to)?;
+    let to = folder.path();
     let mut package = ProgramBuilder::create(to.join("model.mlpackage"))?;
     let total = config.layers as u64 + 1;
     let mut f = FunctionBuilder::new("main");
@@ -252,6 +262,7 @@ pub fn convert_encoder(
             std::fs::copy(&path, to.join(name)).map_err(Error::io(&path))?;
         }
     }
+    folder.finish()?;
     Ok(config)
 }
 
