@@ -14,6 +14,7 @@ CONFORMANCE_ATOL, _RTOL   upper bounds for the tolerances that tests give numpy 
 
 import candle_coreml.coremltools as bridge  # before coremltools
 
+import gc
 import hashlib
 import json
 import os
@@ -86,6 +87,11 @@ def _names(variable):
         return set(file.read().split("\n"))
 
 
+def _place(item):
+    """A number that is the same in every run and has nothing to do with what the test is."""
+    return int(hashlib.sha1(item.nodeid.encode()).hexdigest()[:8], 16)
+
+
 def _chosen(item, done, only):
     every = int(os.environ.get("CONFORMANCE_EVERY", "1"))
     part = int(os.environ.get("CONFORMANCE_PART", "0"))
@@ -95,7 +101,7 @@ def _chosen(item, done, only):
         return False
     if precision and _precision(item) not in ("", precision):
         return False
-    return every == 1 or int(hashlib.sha1(name.encode()).hexdigest()[:8], 16) % every == part
+    return every == 1 or _place(item) % every == part
 
 
 def pytest_collection_modifyitems(config, items):
@@ -105,11 +111,20 @@ def pytest_collection_modifyitems(config, items):
         (kept if _chosen(item, done, only) else left).append(item)
     if left:
         config.hook.pytest_deselected(items=left)
-        items[:] = kept
+    # In this order the tests of a run that was cut are a fair sample of all of them.
+    items[:] = sorted(kept, key=_place)
     names = os.environ.get("CONFORMANCE_NAMES")
-    if names and "PYTEST_XDIST_WORKER" not in os.environ:
+    # With several workers each of them collects the same.
+    if names and os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0":
         with open(names, "w", encoding="utf-8") as file:
             file.write("\n".join(item.nodeid for item in kept))
+
+
+def pytest_collection_finish(session):
+    # coremltools collects garbage in each conversion: with tens of thousands of tests in memory that takes longer than the
+    # conversion, unless the collector is told that they stay.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(hookwrapper=True)
