@@ -1,11 +1,26 @@
 //! Language models packaged for Core ML: from a folder of packages to streamed text.
 //!
 //! [`Bundle`] reads the files, [`Session`] runs one conversation token by token, [`Chat`] puts messages on top. The
-//! model itself is seen through [`LanguageModel`], so other layouts and fakes take its place.
+//! model itself is seen through [`LanguageModel`], so other layouts and fakes take its place. [`EmbeddingModel`] gives
+//! texts their vectors.
 //!
-//! What a text must be is a [`Grammar`] (JSON, a schema, a regular expression), set in [`GenerateOptions`]. A [`ChatTemplate`] writes
-//! messages, tools and switches as a [`Prompt`], whose [`AnswerFormat`] has thinking and [`ToolCall`]s told apart from the
-//! answer's text:
+//! ```no_run
+//! use std::ops::ControlFlow;
+//! use candle_coreml_llm::{Bundle, Chat, GenerateOptions, LoadOptions};
+//!
+//! let bundle = Bundle::open("models/tales")?;
+//! let mut chat = Chat::open(&bundle, &LoadOptions::default())?;
+//! let answer = chat.say("Tell me a story about a brave mouse.", &GenerateOptions::default(), |piece| {
+//!     print!("{}", piece.text);
+//!     ControlFlow::Continue(())
+//! })?;
+//! println!("\n{} tokens/s", answer.timings.decode_tokens_per_s());
+//! # Ok::<(), candle_coreml_llm::Error>(())
+//! ```
+//!
+//! What a text must be is a [`Grammar`] (JSON, a schema, a regular expression), and what a full context means a [`ContextFull`]; both
+//! are set in [`GenerateOptions`]. A [`ChatTemplate`] writes messages, tools and switches as a [`Prompt`], whose [`AnswerFormat`]
+//! has thinking and [`ToolCall`]s told apart from the answer's text:
 //!
 //! ```no_run
 //! use candle_coreml_llm::{Bundle, GenerateOptions, Message, TemplateOptions};
@@ -24,43 +39,34 @@
 //! }
 //! # Ok::<(), candle_coreml_llm::Error>(())
 //! ```
-//!
-//! ```no_run
-//! use std::ops::ControlFlow;
-//! use candle_coreml_llm::{Bundle, Chat, GenerateOptions, LoadOptions};
-//!
-//! let bundle = Bundle::open("models/tales")?;
-//! let mut chat = Chat::open(&bundle, &LoadOptions::default())?;
-//! let answer = chat.say("Tell me a story about a brave mouse.", &GenerateOptions::default(), |piece| {
-//!     print!("{}", piece.text);
-//!     ControlFlow::Continue(())
-//! })?;
-//! println!("\n{} tokens/s", answer.timings.decode_tokens_per_s());
-//! # Ok::<(), candle_coreml_llm::Error>(())
-//! ```
 
 mod anemll;
 mod answer;
 mod bundle;
 mod chat;
 mod completion;
+mod embedding;
 mod error;
 mod generation;
 mod grammar;
 mod model;
 mod options;
+mod part;
 mod sampling;
 mod saved;
 mod session;
+mod single;
 mod stops;
 mod template;
 mod tokenizer;
 mod tools;
+mod wiring;
 
 pub use answer::{AnswerFormat, Thinking};
-pub use bundle::{Bundle, Configs, Files, LoadOptions, Meta, PartFiles};
+pub use bundle::{Bundle, ChunkFiles, Configs, ConfiguredFiles, Files, Layout, LoadOptions, Meta, PartFiles};
 pub use chat::Chat;
 pub use completion::{Completion, FinishReason, Piece, Step, Timings};
+pub use embedding::{Embedding, EmbeddingModel, EmbeddingOptions, Pooling, cosine_similarity};
 pub use error::Error;
 pub use generation::Generation;
 pub use grammar::Grammar;
@@ -71,3 +77,4 @@ pub use session::Session;
 pub use template::{ChatTemplate, Message, Prompt, TemplateOptions};
 pub use tokenizer::{TextStream, Tokenizer};
 pub use tools::{ToolCall, ToolFormat};
+pub use wiring::{WiredCall, WiredPort, WiredState, Wiring};
