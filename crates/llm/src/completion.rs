@@ -54,6 +54,8 @@ pub struct Timings {
     pub decode_ms: f64,
     /// Tokens after the first.
     pub decode_tokens: usize,
+    /// The part of `decode_ms` that the packages' own predictions took; 0 for models that are none of this crate's.
+    pub decode_predict_ms: f64,
 }
 
 impl Timings {
@@ -64,6 +66,15 @@ impl Timings {
         } else {
             0.0
         }
+    }
+
+    /// Microseconds a token after the first that went outside the packages' own predictions: their inputs and outputs, the choice,
+    /// the text; 0 when there was one token only.
+    pub fn overhead_us_per_token(&self) -> f64 {
+        if self.decode_tokens == 0 {
+            return 0.0;
+        }
+        (self.decode_ms - self.decode_predict_ms) * 1000.0 / self.decode_tokens as f64
     }
 }
 

@@ -8,6 +8,7 @@ use crate::completion::{Completion, FinishReason, Piece, Step, Timings};
 use crate::grammar::Constraint;
 use crate::model::Prediction;
 use crate::options::{ContextFull, GenerateOptions};
+use crate::part::predict_time;
 use crate::sampling::{History, Logprobs, Sampler};
 use crate::session::Session;
 use crate::stops::Stops;
@@ -42,6 +43,8 @@ pub struct Generation<'s> {
     finished: Option<FinishReason>,
     prefill: Duration,
     decode: Duration,
+    /// The part of `decode` that predictions took.
+    predict: Duration,
 }
 
 impl<'s> Generation<'s> {
@@ -77,6 +80,7 @@ impl<'s> Generation<'s> {
             finished: (options.max_tokens == 0).then_some(FinishReason::Length),
             prefill: Duration::ZERO,
             decode: Duration::ZERO,
+            predict: Duration::ZERO,
             session,
             options,
             sampler,
@@ -94,7 +98,7 @@ impl<'s> Generation<'s> {
             return Ok(Step::Finished(reason));
         }
         let first = self.generated.is_empty();
-        let start = Instant::now();
+        let (start, predicted) = (Instant::now(), predict_time());
         let step = if self.session.tokens.len() > self.session.context_tokens() {
             Ok(self.shift())
         } else if self.unfilled() > 0 {
@@ -103,11 +107,12 @@ impl<'s> Generation<'s> {
             self.token()
         };
         let spent = start.elapsed();
-        *(if first {
-            &mut self.prefill
+        if first {
+            self.prefill += spent;
         } else {
-            &mut self.decode
-        }) += spent;
+            self.decode += spent;
+            self.predict += predict_time().saturating_sub(predicted);
+        }
         step
     }
 
@@ -166,6 +171,7 @@ impl<'s> Generation<'s> {
                 prefill_ms: self.prefill.as_secs_f64() * 1000.0,
                 decode_ms: self.decode.as_secs_f64() * 1000.0,
                 decode_tokens: self.generated.len().saturating_sub(1),
+                decode_predict_ms: self.predict.as_secs_f64() * 1000.0,
             },
             tokens: self.generated,
             text: self.text,

@@ -2,7 +2,7 @@
 //!
 //! [`Bundle`] reads the files, [`Session`] runs one conversation token by token, [`Chat`] puts messages on top. The
 //! model itself is seen through [`LanguageModel`], so other layouts and fakes take its place. [`EmbeddingModel`] gives
-//! texts their vectors.
+//! texts their vectors; [`perplexity`], [`compare`] and [`score_choices`] measure what a model knows.
 //!
 //! ```no_run
 //! use std::ops::ControlFlow;
@@ -47,6 +47,7 @@ mod chat;
 mod completion;
 mod embedding;
 mod error;
+mod evaluation;
 mod generation;
 mod grammar;
 mod model;
@@ -68,6 +69,7 @@ pub use chat::Chat;
 pub use completion::{Completion, FinishReason, Piece, Step, Timings};
 pub use embedding::{Embedding, EmbeddingModel, EmbeddingOptions, Pooling, cosine_similarity};
 pub use error::Error;
+pub use evaluation::{Comparison, Perplexity, Question, Scores, Windows, compare, perplexity, score_choices};
 pub use generation::Generation;
 pub use grammar::Grammar;
 pub use model::{LanguageModel, Prediction};

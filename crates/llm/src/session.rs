@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::Error;
-use crate::completion::{Completion, Piece};
+use crate::completion::{Completion, Piece, Step};
 use crate::generation::Generation;
 use crate::model::LanguageModel;
 use crate::options::{ContextFull, GenerateOptions};
@@ -94,13 +94,30 @@ impl Session {
         options: &GenerateOptions,
         mut on_piece: impl FnMut(&Piece) -> ControlFlow<()>,
     ) -> Result<Completion, Error> {
+        self.generate_in_steps(prompt, options, |step| match step {
+            Step::Token(piece) => on_piece(piece),
+            _ => ControlFlow::Continue(()),
+        })
+    }
+
+    /// As [`Session::generate_with`], with every step: batches of the prompt and what was dropped from a full context too.
+    ///
+    /// # Errors
+    /// As [`Session::generate_with`].
+    pub fn generate_in_steps(
+        &mut self,
+        prompt: &[u32],
+        options: &GenerateOptions,
+        mut on_step: impl FnMut(&Step) -> ControlFlow<()>,
+    ) -> Result<Completion, Error> {
         let mut generation = self.generate(prompt, options)?;
-        while let Some(piece) = generation.next() {
-            if on_piece(&piece?).is_break() {
-                generation.cancel();
+        loop {
+            match generation.step()? {
+                Step::Finished(_) => return Ok(generation.completion()),
+                step if on_step(&step).is_break() => generation.cancel(),
+                _ => {}
             }
         }
-        Ok(generation.completion())
     }
 
     /// Every token of the conversation: the last prompt and what was generated after it, without an end token.

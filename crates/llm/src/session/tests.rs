@@ -6,6 +6,7 @@ use super::*;
 use crate::anemll::toy::{Calls, Toy, VOCABULARY};
 use crate::completion::{FinishReason, Step};
 use crate::model::Prediction;
+use crate::options::Shift;
 use crate::sampling::Sampling;
 use crate::tokenizer::tests::bytes_tokenizer;
 use candle_core::Tensor;
@@ -460,4 +461,72 @@ fn timings_count_tokens_after_the_first() {
     assert!(done.timings.prefill_ms > 0.0 && done.timings.decode_tokens_per_s() > 0.0);
     let single = run(&mut session, &prompt(5), &at_most(1));
     assert_eq!(single.timings.decode_tokens_per_s(), 0.0);
+}
+
+fn shifting(keep: usize, max_tokens: usize) -> GenerateOptions {
+    GenerateOptions {
+        context_full: ContextFull::Shift(Shift {
+            keep,
+            ..Shift::default()
+        }),
+        ..at_most(max_tokens)
+    }
+}
+
+#[test]
+fn a_context_that_fills_in_mid_answer_shifts_and_what_stays_is_computed_anew() {
+    let toy = Toy {
+        slots: 64,
+        ..Toy::default()
+    };
+    let (mut shifted, _) = session(&toy);
+    let mut generation = shifted.generate(&prompt(40), &shifting(5, 60)).unwrap();
+    let (mut shifts, mut found) = (Vec::new(), Vec::new());
+    let reason = loop {
+        match generation.step().unwrap() {
+            Step::Shifted { dropped, left } => shifts.push((found.len(), dropped, left)),
+            Step::Token(piece) => found.push(piece.token),
+            Step::Finished(reason) => break reason,
+            Step::Prefilled { .. } => {}
+        }
+    };
+    let done = generation.completion();
+    // 65 tokens do not fit: of the 60 after those kept, half go.
+    assert_eq!(shifts, [(25, 30, 35), (55, 30, 35)]);
+    assert_eq!(
+        (reason, done.dropped_tokens, done.tokens.len()),
+        (FinishReason::Length, 60, 60)
+    );
+    let (mut fresh, _) = session(&toy);
+    let mut tokens = prompt(40);
+    for &token in &found {
+        if tokens.len() > 64 {
+            tokens.drain(5..35);
+        }
+        fresh.reset();
+        assert_eq!(run(&mut fresh, &tokens, &at_most(1)).tokens, [token]);
+        tokens.push(token);
+    }
+    assert_eq!(shifted.tokens(), tokens);
+}
+
+#[test]
+fn a_prompt_that_does_not_fit_loses_its_oldest_tokens_where_that_is_wanted() {
+    let toy = Toy {
+        slots: 64,
+        ..Toy::default()
+    };
+    let (mut session, _) = session(&toy);
+    let done = run(&mut session, &prompt(150), &shifting(10, 3));
+    // 140 after those kept, then 70: 45 tokens are left of them in the second shift's turn.
+    let left = session.tokens().len() - 3;
+    assert_eq!((done.prompt_tokens, done.dropped_tokens), (150, 150 - left));
+    assert!(left <= 64 && left > 32, "{left}");
+    let (start, end) = (&prompt(150)[..10], &prompt(150)[150 - (left - 10)..]);
+    assert_eq!(session.tokens()[..left], [start, end].concat());
+    let error = session
+        .generate(&prompt(3), &shifting(63, 1))
+        .unwrap_err()
+        .to_string();
+    assert!(error.starts_with("keep"), "{error}");
 }
