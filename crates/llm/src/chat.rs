@@ -418,7 +418,7 @@ mod tests {
         }
         assert_eq!(chat.messages().len(), 17);
         assert!(dropped.iter().any(|tokens| *tokens > 0), "{dropped:?}");
-        assert!(chat.dropped_messages() > 0 && chat.dropped_messages() % 2 == 0);
+        assert!(chat.dropped_messages() > 0 && chat.dropped_messages().is_multiple_of(2));
         let shown = chat.session().tokenizer().decode(chat.session().tokens(), true);
         let shown = shown.unwrap();
         let first = chat.messages()[1 + chat.dropped_messages()].content.clone();

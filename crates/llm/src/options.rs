@@ -58,7 +58,7 @@ impl Shift {
         let least = keep + rest.div_ceil(8);
         let usable = |at: &&usize| (least..tokens.len()).contains(*at);
         let after = self.cuts.iter().filter(usable).find(|at| **at >= half);
-        let at = after.or_else(|| self.cuts.iter().filter(usable).next_back());
+        let at = after.or_else(|| self.cuts.iter().rfind(usable));
         let end = at.copied().unwrap_or(half).clamp(keep + 1, tokens.len() - 1);
         tokens.drain(keep..end);
         let dropped = end - keep;
