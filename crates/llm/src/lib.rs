@@ -44,3 +44,9 @@ pub use session::{Completion, FinishReason, GenerateOptions, Generation, Piece, 
 pub use template::{ChatTemplate, Message};
 pub use tokenizer::{TextStream, Tokenizer};
 pub use wiring::{WiredCall, WiredPort, WiredState, Wiring};
+
+/// The Rust of the guides compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/rust.md")]
+#[doc = include_str!("../../../docs/migration.md")]
+pub struct Guides;
