@@ -80,3 +80,9 @@ pub use template::{ChatTemplate, Message, Prompt, TemplateOptions};
 pub use tokenizer::{TextStream, Tokenizer};
 pub use tools::{ToolCall, ToolFormat};
 pub use wiring::{WiredCall, WiredPort, WiredState, Wiring};
+
+/// The Rust of the guides compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/rust.md")]
+#[doc = include_str!("../../../docs/migration.md")]
+pub struct Guides;
