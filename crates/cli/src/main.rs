@@ -5,6 +5,7 @@ mod bench;
 mod chat;
 mod convert;
 mod demo;
+mod eval;
 mod explain;
 mod failure;
 mod generate;
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(&args),
         Command::Chat(args) => chat::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Eval(command) => eval::run(&command),
         Command::Convert(args) => convert::run(&args),
         Command::Compress(args) => convert::compress::run(&args),
     };
