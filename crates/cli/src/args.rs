@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use candle_coreml::{ComputeUnits, EngineKind, Numerics};
-use candle_coreml_llm::{LoadOptions, Pooling, Sampling};
+use candle_coreml_llm::{ContextFull, LoadOptions, Pooling, Sampling, Shift};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed; 2 wrong use; 3 the model has operators the portable engine lacks \
@@ -66,6 +66,9 @@ pub enum Command {
     #[cfg(feature = "hub")]
     /// Remove a model of the hub from this machine.
     Rm(RmArgs),
+    /// Measure what a model knows: the perplexity of a text, or right answers to multiple-choice questions.
+    #[command(subcommand)]
+    Eval(EvalCommand),
     /// Make Core ML packages of a language model or an encoder: a Hugging Face folder or a GGUF file.
     Convert(crate::convert::args::ConvertArgs),
     /// Make the weights of a package, or of all packages in a folder, smaller.
@@ -188,6 +191,19 @@ pub struct GenerateArgs {
     /// Where the random numbers start: the same seed gives the same text.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
+    /// The text is JSON that this schema accepts: a file, or the schema itself where it begins with `{`. A text that was cut short
+    /// before it was whole is exit code 1.
+    #[arg(long, value_name = "SCHEMA", conflicts_with = "regex")]
+    pub json_schema: Option<String>,
+    /// The whole text matches this regular expression.
+    #[arg(long, value_name = "PATTERN")]
+    pub regex: Option<String>,
+    /// Let the model think first, or not, where its chat template has a switch for it.
+    #[arg(long, value_enum, value_name = "SWITCH", conflicts_with = "raw")]
+    pub think: Option<Switch>,
+    /// What happens when the model's context is full: end, or drop the oldest tokens and go on.
+    #[arg(long, value_enum, default_value = "stop")]
+    pub context: ContextArg,
     /// Print one JSON object instead of the text.
     #[arg(long)]
     pub json: bool,
@@ -213,6 +229,15 @@ pub struct ChatArgs {
     /// Where the random numbers start; without it they differ every time.
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
+    /// Let the model think first, or not, where its chat template has a switch for it.
+    #[arg(long, value_enum, value_name = "SWITCH")]
+    pub think: Option<Switch>,
+    /// What happens when the model's context is full: end, or drop the oldest turns and go on.
+    #[arg(long, value_enum, default_value = "shift")]
+    pub context: ContextArg,
+    /// Do not keep what is typed for the next time.
+    #[arg(long)]
+    pub no_history: bool,
     #[command(flatten)]
     pub engine: EngineArgs,
 }
@@ -267,6 +292,87 @@ pub enum BenchOutput {
     Md,
     Csv,
     Json,
+}
+
+/// What `eval` measures.
+#[derive(Debug, Subcommand)]
+pub enum EvalCommand {
+    /// The perplexity of a text, in overlapping windows: every token is scored once. Without BUNDLE with the demo model.
+    Perplexity(PerplexityArgs),
+    /// Multiple choice by summed log probabilities. FILE has one JSON object a line: {"prompt": "...", "choices": ["...", ...],
+    /// "answer": 0}, or with the names ctx/endings/label or query/choices/gold.
+    Choices(ChoicesArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct PerplexityArgs {
+    /// A text file.
+    pub file: PathBuf,
+    /// A language-model folder.
+    pub bundle: Option<PathBuf>,
+    /// Tokens of a window; without it the model's context.
+    #[arg(long, value_name = "N")]
+    pub window: Option<usize>,
+    /// Tokens from one window's start to the next one's; without it half a window.
+    #[arg(long, value_name = "N")]
+    pub stride: Option<usize>,
+    /// Score this many tokens at most.
+    #[arg(long, value_name = "N")]
+    pub limit: Option<usize>,
+    /// Compare with this model, for instance the original of a compressed one: ratio of perplexities, KL divergence, same best token.
+    #[arg(long, value_name = "BUNDLE")]
+    pub compare: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct ChoicesArgs {
+    /// Questions, one JSON object a line.
+    pub file: PathBuf,
+    /// A language-model folder.
+    pub bundle: Option<PathBuf>,
+    /// Ask this many questions at most.
+    #[arg(long, value_name = "N")]
+    pub limit: Option<usize>,
+    /// Ask this model too.
+    #[arg(long, value_name = "BUNDLE")]
+    pub compare: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
+pub enum Switch {
+    On,
+    Off,
+}
+
+impl Switch {
+    pub fn is_on(self) -> bool {
+        self == Switch::On
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
+pub enum ContextArg {
+    Stop,
+    Shift,
+}
+
+impl From<ContextArg> for ContextFull {
+    fn from(arg: ContextArg) -> Self {
+        match arg {
+            ContextArg::Stop => ContextFull::Stop,
+            ContextArg::Shift => ContextFull::Shift(Shift::default()),
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -514,7 +620,11 @@ mod tests {
             "generate --prompt hi",
             "generate dir --prompt - --raw --max-tokens 3 --temperature 1 --top-k 4 --top-p 0.9 --min-p 0.1 --seed 7 --json",
             "chat",
-            "chat dir --seed 3",
+            "chat dir --seed 3 --context stop --think off --no-history",
+            "generate -p hi --json-schema {} --context shift --think on",
+            "generate -p hi --regex yes|no --raw",
+            "eval perplexity story.txt dir --window 256 --stride 64 --limit 9 --compare other --json",
+            "eval choices questions.jsonl --compare other --json",
             "bench -p 64,256 -n 64 -r 5 --json -t 2",
             "embed minilm --text hi --text you --similarity --normalize false --pooling cls",
             "embed org/name@v1 --file texts.txt -o vectors.npy --prompt query --dimensions 64",

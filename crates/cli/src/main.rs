@@ -6,6 +6,7 @@ mod chat;
 mod convert;
 mod demo;
 mod embed;
+mod eval;
 mod explain;
 mod failure;
 mod generate;
@@ -58,6 +59,7 @@ fn main() -> ExitCode {
         Command::List(args) => hub::list(&args),
         #[cfg(feature = "hub")]
         Command::Rm(args) => hub::rm(&args),
+        Command::Eval(command) => eval::run(&command),
         Command::Convert(args) => convert::run(&args),
         Command::Compress(args) => convert::compress::run(&args),
     };
