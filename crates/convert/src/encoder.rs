@@ -68,13 +68,14 @@ pub struct EncoderOptions {
 }
 
 /// Files beside the package, copied as they are where they exist.
-const COPIED: [&str; 8] = [
+const COPIED: [&str; 9] = [
     "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "vocab.txt",
     "modules.json",
+    "1_Pooling/config.json",
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
 ];
@@ -259,7 +260,11 @@ pub fn convert_encoder(
     for name in COPIED {
         let path = from.join(name);
         if path.exists() {
-            std::fs::copy(&path, to.join(name)).map_err(Error::io(&path))?;
+            let copy = to.join(name);
+            if let Some(folder) = copy.parent() {
+                std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+            }
+            std::fs::copy(&path, copy).map_err(Error::io(&path))?;
         }
     }
     folder.finish()?;

@@ -122,7 +122,13 @@ pub enum Error {
         /// Size of the vocabulary.
         vocabulary: usize,
     },
-    /// A sampling option is out of range.
+    /// A text to embed has no tokens, and the model's tokenizer adds none.
+    #[error("text {index} has no tokens; at least one is needed")]
+    EmptyText {
+        /// Place among the texts, from 0.
+        index: usize,
+    },
+    /// An option is out of range.
     #[error("{option} is {value}, allowed: {allowed}")]
     Option {
         /// The option's name.

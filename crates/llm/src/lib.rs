@@ -1,7 +1,8 @@
 //! Language models packaged for Core ML: from a folder of packages to streamed text.
 //!
 //! [`Bundle`] reads the files, [`Session`] runs one conversation token by token, [`Chat`] puts messages on top. The
-//! model itself is seen through [`LanguageModel`], so other layouts and fakes take its place.
+//! model itself is seen through [`LanguageModel`], so other layouts and fakes take its place. [`EmbeddingModel`] gives
+//! texts their vectors.
 //!
 //! ```no_run
 //! use std::ops::ControlFlow;
@@ -20,6 +21,7 @@
 mod anemll;
 mod bundle;
 mod chat;
+mod embedding;
 mod error;
 mod model;
 mod sampling;
@@ -31,6 +33,7 @@ mod tokenizer;
 
 pub use bundle::{Bundle, Configs, Files, LoadOptions, Meta, PartFiles};
 pub use chat::Chat;
+pub use embedding::{Embedding, EmbeddingModel, EmbeddingOptions, Pooling, cosine_similarity};
 pub use error::Error;
 pub use model::{LanguageModel, Prediction};
 pub use sampling::{History, Logprobs, Sampler, Sampling};

@@ -50,6 +50,31 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
+    /// Ids and token types of `text` with the special tokens the model wants around it, and how many tokens of its end
+    /// were left out so that no more than `max_tokens` came.
+    pub(crate) fn encode_whole(
+        &self,
+        text: &str,
+        max_tokens: usize,
+    ) -> Result<(Vec<u32>, Vec<u32>, usize), Error> {
+        let failed = |e: tokenizers::Error| Error::Tokenizer(e.to_string());
+        let mut encoding = self.inner.encode_fast(text, false).map_err(failed)?;
+        let room = max_tokens.saturating_sub(self.added_tokens());
+        let cut = encoding.len().saturating_sub(room);
+        encoding.truncate(room, 0, tokenizers::TruncationDirection::Right);
+        encoding.take_overflowing();
+        let whole = self.inner.post_process(encoding, None, true).map_err(failed)?;
+        Ok((whole.get_ids().to_vec(), whole.get_type_ids().to_vec(), cut))
+    }
+
+    /// How many special tokens surround a text.
+    pub(crate) fn added_tokens(&self) -> usize {
+        use tokenizers::PostProcessor;
+        self.inner
+            .get_post_processor()
+            .map_or(0, |p| p.added_tokens(false))
+    }
+
     /// Text of `ids`, special tokens left out unless `with_special`.
     ///
     /// # Errors
