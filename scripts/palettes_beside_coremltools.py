@@ -11,6 +11,7 @@ Ends with 1 when an error here is larger. Needs coremltools 9 and scikit-learn; 
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -18,9 +19,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import coremltools as ct
+logging.disable(logging.WARNING)  # what coremltools lacks off the Mac is of no use here
+
+import coremltools as ct  # noqa: E402
 import numpy as np
-from coremltools.optimize import coreml as cto
+from coremltools.converters.mil.frontend.milproto import load as milproto
 from coremltools.optimize.coreml._quantization_passes import palettize_weights
 
 ROOT = Path(__file__).parent.parent
@@ -34,12 +37,20 @@ def command():
     return next((p for p in found if p.exists()), None) or sys.exit("candle-coreml is not built")
 
 
-def weights(package, decompress=False):
-    """Weights of two or more dimensions by name."""
+def weights(package):
+    """Weights of two or more dimensions by name, as the program's operators see them."""
     model = ct.models.MLModel(str(package), skip_model_load=True)
-    model = cto.decompress_weights(model) if decompress else model
-    found = cto.get_weights_metadata(model, weight_threshold=2048)
-    return {name: np.asarray(w.val, np.float32) for name, w in found.items() if w.val.ndim >= 2}
+    spec = model.get_spec()
+    program = milproto.load(spec, specification_version=spec.specificationVersion, file_weights_dir=model.weights_dir)
+    found = {}
+    for op in (op for function in program.functions.values() for op in function.operations):
+        name = op.outputs[0].name
+        if name not in found and op.op_type == "const":
+            found[name] = op.outputs[0].val
+        elif name not in found and op.op_type.startswith("constexpr"):
+            found[name] = op.materialized_val_inference()
+    big = {n: v for n, v in found.items() if isinstance(v, np.ndarray) and v.ndim >= 2 and v.size >= 2048}
+    return {n: v.astype(np.float32) for n, v in big.items() if v.dtype == np.float16}
 
 
 def relative(made, weight):
@@ -64,7 +75,7 @@ def main():
         small = Path(folder) / "small.mlpackage"
         line = [command(), "compress", given.model, small, "--palettize", given.bits, "--group", given.group, "--json"]
         report = json.loads(subprocess.run([*map(str, line)], check=True, capture_output=True, text=True).stdout)
-        ours = weights(small, decompress=True)
+        ours = weights(small)
     values = report["packages"][0]["values"]
     kept = {k["weight"] for k in report["packages"][0]["kept"]}
     original = {n: w for n, w in weights(given.model).items() if n in ours and n not in kept and len(w) % given.group == 0}

@@ -207,15 +207,11 @@ fn cross(command: &str, target: &str, more: &[&str]) -> Result<()> {
         .env("RUSTC_BOOTSTRAP", "1")
         .env_remove("RUSTC_WRAPPER");
     cargo.env("CARGO_TARGET_DIR", root().join("target/apple"));
-    if command != "clippy" {
-        // One set of flags for check and build, which share what they compile.
-        let flags = [&["-D", "warnings"][..], sdk::LINK].concat();
-        cargo.env("RUSTFLAGS", flags.join(" "));
-        cargo.env(
-            format!("CARGO_TARGET_{}_LINKER", underscored.to_uppercase()),
-            "clang",
-        );
-    }
+    // One set of flags, so that the commands share what they compile.
+    let flags = [&["-D", "warnings"][..], sdk::LINK].concat();
+    cargo.env("RUSTFLAGS", flags.join(" "));
+    let linker = format!("CARGO_TARGET_{}_LINKER", underscored.to_uppercase());
+    cargo.env(linker, "clang");
     // The C file of objc2 has no headers, so an SDK without any does; without the variable a Mac's tool is asked for one.
     cargo
         .env("SDKROOT", sdk)

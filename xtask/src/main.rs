@@ -2,6 +2,7 @@
 
 mod apple;
 mod chores;
+mod conformance;
 mod convert;
 mod ops;
 mod python;
@@ -20,7 +21,7 @@ fn main() -> ExitCode {
         (Some("python"), rest) => python::tests(rest),
         (Some("bench"), rest) => python::bench(rest),
         (Some("wheel"), []) => python::wheel(),
-        (Some("conformance"), rest) => python::conformance(rest),
+        (Some("conformance"), rest) => conformance::run(rest),
         (Some("lints"), []) => chores::lints(),
         (Some("docs"), []) => chores::docs(),
         (Some("workflows"), []) => chores::workflows(),

@@ -195,13 +195,8 @@ fn engine_name(engine: EngineKind) -> String {
 
 /// Bytes of the weights of all packages.
 fn size(bundle: &Bundle) -> Result<u64, Failure> {
-    let parts = bundle.parts();
-    let files = [&parts.embeddings]
-        .into_iter()
-        .chain(&parts.chunks)
-        .chain([&parts.head]);
     let mut total = 0;
-    for file in files {
+    for file in bundle.layout().packages() {
         let model = match (bundle.files().path(), bundle.files().below(file)) {
             (Some(path), _) => mil::Model::open(path.join(file))?,
             (None, inside) => {

@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 fn run(args: &[&str]) -> Output {
@@ -150,6 +150,67 @@ fn inspect_shows_models_and_bundles() {
         "operators",
     ] {
         assert!(text.contains(expected), "{expected} in {text}");
+    }
+}
+
+#[test]
+fn inspect_shows_the_wiring_of_every_layout() {
+    let bundles = Path::new(env!("CARGO_MANIFEST_DIR")).join("../llm/testdata/bundles");
+    for (bundle, layout, expected) in [
+        (
+            "chunks",
+            "anemll",
+            "hidden_states fp16 [1, 8, 16] <- hidden states of tiny_FFN_PF_chunk_01of02.mlpackage",
+        ),
+        (
+            "one-by-one",
+            "anemll",
+            "prefill token by token: meta.yaml (version 0.3.5) sets neither",
+        ),
+        (
+            "rotate",
+            "anemll",
+            "decode past the window tiny_FFN_PF_chunk_01of01.mlpackage, function infer_rotate, state 0",
+        ),
+        (
+            "monolith",
+            "anemll-monolithic",
+            "logits4 fp16 [1, 1, 20] -> logits, part 4 of 4",
+        ),
+        (
+            "config-split",
+            "model-config",
+            "prefill ffn_prefill.mlpackage, function main, state 0",
+        ),
+        (
+            "config-split/config-split.json",
+            "model-config",
+            "last_row fp16 [1, 1, 16] <- hidden states of",
+        ),
+        (
+            "stateful",
+            "stateful-package",
+            "state 0 made by StatefulTiny.mlpackage",
+        ),
+        (
+            "stateless",
+            "stateless-package",
+            "prefill none: the package keeps nothing",
+        ),
+    ] {
+        let path = bundles.join(bundle);
+        let text = stdout(&run(&["inspect", path.to_str().unwrap()]));
+        assert!(text.contains(expected), "{bundle}: {expected} in {text}");
+        let json = stdout(&run(&["inspect", path.to_str().unwrap(), "--json"]));
+        let facts: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(facts["layout"], layout, "{bundle}");
+        assert!(
+            !facts["calls"][0]["inputs"][0]["flow"]
+                .as_str()
+                .unwrap()
+                .is_empty(),
+            "{bundle}"
+        );
     }
 }
 
