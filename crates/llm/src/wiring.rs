@@ -13,6 +13,8 @@ pub struct Wiring {
     pub layout: String,
     /// Most tokens a conversation may have.
     pub context_tokens: usize,
+    /// What bounds them.
+    pub context_bound_by: String,
     /// Number of token ids.
     pub vocabulary: usize,
     /// False where the model chooses the best token itself.

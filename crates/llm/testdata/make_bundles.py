@@ -487,6 +487,13 @@ def stateful(model):
     save({"main": function(inputs, body)}, path / "StatefulTiny.mlpackage", flexible)
 
 
+def stateful_fixed(model):
+    """One package with a state that takes one token and its position."""
+    path = folder("stateful-fixed", config=CONFIG)
+    logits = lambda x: {"logits": part_logits(model, x, [VOCABULARY])[0]}
+    save({"main": step(model, 1, ids=True, finish=logits)}, path / "tiny.mlpackage")
+
+
 def stateless(model, name, sizes):
     """One package that computes its whole window; with several sizes it takes an attention mask too."""
     path = folder(name, config=CONFIG)
@@ -516,7 +523,7 @@ def stateless(model, name, sizes):
 
 def main():
     full, window = ref.Model(False), ref.Model(True)
-    for make in (chunks, argmax, one_by_one, monolith, config_unified, config_split, stateful):
+    for make in (chunks, argmax, one_by_one, monolith, config_unified, config_split, stateful, stateful_fixed):
         make(full)
     stateless(full, "stateless", [32])
     stateless(full, "stateless-sizes", [16, 32, CONTEXT])

@@ -33,7 +33,7 @@ const fn case(folder: &'static str, layout: &'static str, batch: Option<usize>) 
     }
 }
 
-const CASES: [Case; 12] = [
+const CASES: [Case; 13] = [
     case("chunks", "anemll", Some(8)),
     Case {
         logits: false,
@@ -57,6 +57,7 @@ const CASES: [Case; 12] = [
     case("config-unified", "model-config", Some(1)),
     case("config-split", "model-config", Some(8)),
     case("stateful", "stateful-package", Some(64)),
+    case("stateful-fixed", "stateful-package", Some(1)),
     Case {
         context: 32,
         ..case("stateless", "stateless-package", None)
@@ -611,12 +612,55 @@ fn bundles_that_do_not_fit_say_where_and_what() {
 }
 
 #[test]
+fn windows_and_the_caches_that_roll_fit_each_other() {
+    let wiring = changed("rotate", |to| {
+        swap(
+            "rotate-files/tiny_FFN_PF_chunk_01of01_rot.mlpackage",
+            to,
+            "tiny_FFN_PF_chunk_01of01.mlpackage",
+        );
+    });
+    let error = wiring.unwrap_err();
+    assert!(
+        error.contains("the package has no such function; it has"),
+        "{error}"
+    );
+    let wide = changed("rotate", |to| {
+        let meta = std::fs::read_to_string(to.join("meta.yaml")).unwrap();
+        std::fs::write(
+            to.join("meta.yaml"),
+            meta.replace("sliding_window: 16", "sliding_window: 32"),
+        )
+        .unwrap();
+    });
+    let error = wide.unwrap_err();
+    assert!(
+        error.contains("the window is 32 tokens, a cache that rolls has 16 slots"),
+        "{error}"
+    );
+    let unsaid = changed("rotate", |to| {
+        let meta = std::fs::read_to_string(to.join("meta.yaml")).unwrap();
+        std::fs::write(
+            to.join("meta.yaml"),
+            meta.replace("sliding_window: 16", "unsaid: 1"),
+        )
+        .unwrap();
+    });
+    assert_eq!(unsaid.unwrap().sliding_window, Some(16));
+}
+
+#[test]
 fn a_window_without_rotation_functions_bounds_the_context() {
     let wiring = changed("chunks", |to| {
         let meta = std::fs::read_to_string(to.join("meta.yaml")).unwrap();
         std::fs::write(to.join("meta.yaml"), format!("{meta}    sliding_window: 16\n")).unwrap();
     });
-    assert_eq!(wiring.unwrap().context_tokens, 16);
+    let wiring = wiring.unwrap();
+    assert_eq!(wiring.context_tokens, 16);
+    assert_eq!(
+        wiring.context_bound_by,
+        "sliding_window, without rotation functions"
+    );
     let single = changed("chunks", |to| {
         let meta = std::fs::read_to_string(to.join("meta.yaml")).unwrap();
         let more = "    sliding_window: 16\n    single_cache: true\n";

@@ -61,7 +61,7 @@ fn numbers(wiring: &Wiring) -> Map<String, Value> {
         (None, why) => format!("none: {}", why.as_deref().unwrap_or_default()),
     };
     object(json!({
-        "context_tokens": wiring.context_tokens,
+        "context_tokens": format!("{}, bound by {}", wiring.context_tokens, wiring.context_bound_by),
         "vocabulary": wiring.vocabulary,
         "gives": if wiring.gives_logits { "logits" } else { "the best token" },
         "prefill": prefill,

@@ -6,6 +6,9 @@ use half::f16;
 use crate::Error;
 use crate::part::interface::Place;
 
+/// More slots than this are taken for a mistake in a package: 4 million, several times the longest contexts there are.
+const MOST_SLOTS: usize = 1 << 22;
+
 /// Causal masks over a cache of `width` slots, all windows of one row.
 ///
 /// A mask row for position `p` has zeros up to slot `p` and -inf after it. All of them lie in one row of `width` zeros
@@ -23,6 +26,9 @@ pub(crate) struct Masks {
 impl Masks {
     /// Masks over `width` slots, of dtype `dtype`; positions go up to `width`.
     pub(crate) fn new(width: usize, dtype: DType) -> Result<Self, Error> {
+        if width > MOST_SLOTS {
+            return Err(too_wide(width));
+        }
         let at = |slot: usize| {
             if slot < width {
                 f16::ZERO
@@ -83,7 +89,7 @@ fn too_wide(width: usize) -> Error {
     Error::Option {
         option: "context",
         value: width.to_string(),
-        allowed: "at most 2^31 - 1 slots",
+        allowed: "at most 2^22 slots",
     }
 }
 
@@ -117,6 +123,12 @@ mod tests {
                 assert!(mask.is_contiguous());
             }
         }
+    }
+
+    #[test]
+    fn absurd_widths_are_refused_before_memory_is_asked_for() {
+        let error = Masks::new(usize::MAX / 8, DType::F16).unwrap_err().to_string();
+        assert!(error.contains("allowed: at most 2^22 slots"), "{error}");
     }
 
     #[test]

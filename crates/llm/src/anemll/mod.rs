@@ -2,6 +2,7 @@
 //! the same parts described by a `ModelConfig`.
 
 mod batches;
+mod chunks;
 mod masks;
 pub(crate) mod report;
 mod rotation;
@@ -18,9 +19,10 @@ use crate::Error;
 use crate::model::{LanguageModel, Prediction};
 use crate::part::head::Vocabulary;
 use crate::part::{Part, take, to_id};
+use chunks::Mode;
 pub(crate) use report::ports;
 pub(crate) use step::Renamed;
-use wired::{Mode, Wired};
+use wired::Wired;
 
 /// Token that fills the last batch of a prompt; its rows are hidden by the mask and overwritten later.
 const PADDING_TOKEN: i32 = 0;

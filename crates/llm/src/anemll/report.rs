@@ -3,7 +3,8 @@
 use candle_coreml_mil::Feature;
 
 use super::AnemllModel;
-use super::wired::{Call, Embeddings, Mode, Wired};
+use super::chunks::{Call, Mode};
+use super::wired::{Embeddings, Wired};
 use crate::part::Part;
 use crate::part::head::Head;
 use crate::part::interface::Role;
@@ -68,6 +69,7 @@ impl<P: Part> Wired<P> {
         Wiring {
             layout: layout.to_owned(),
             context_tokens: self.context,
+            context_bound_by: self.bound.to_owned(),
             vocabulary: self.vocabulary,
             gives_logits: self.head_kind.gives_logits(),
             batch_tokens: Some(self.batch.unwrap_or(1)),

@@ -9,7 +9,8 @@ use candle_core::{DType, Device, Tensor};
 
 use super::AnemllModel;
 use super::batches::Batch;
-use super::wired::{Mode, Wired};
+use super::chunks::{Call, Chunk, Mode, wrong};
+use super::wired::{Wired, shortest_cache};
 use crate::Error;
 use crate::part::{Part, to_id};
 
@@ -29,6 +30,60 @@ pub(super) struct Rotation {
     pub(super) rows: Option<usize>,
     /// Whether such batches give what single tokens give; found out with the first.
     pub(super) trusted: OnceLock<bool>,
+}
+
+impl Rotation {
+    /// How caches roll, where every chunk has a function for it.
+    ///
+    /// # Errors
+    /// [`Error::Wiring`] where the window is not known or does not fit the caches.
+    pub(super) fn read<P: Part>(
+        chunks: &[Chunk<P>],
+        window: Option<usize>,
+        slots: usize,
+    ) -> Result<Option<Self>, Error> {
+        let Some(rotated) = chunks
+            .iter()
+            .map(|c| c.infer_rotate.as_ref())
+            .collect::<Option<Vec<_>>>()
+        else {
+            return Ok(None);
+        };
+        let Some(last) = rotated.last() else {
+            return Ok(None);
+        };
+        let shortest = shortest_cache(chunks, slots);
+        let window = match (window.or(shortest), shortest) {
+            (Some(window), Some(cache)) if window > cache => {
+                let what = format!("the window is {window} tokens, a cache that rolls has {cache} slots");
+                return Err(wrong(&last.part, what));
+            }
+            (Some(window), _) if window > 0 => window,
+            _ => {
+                let what = "nothing says how wide the window is: `sliding_window` in meta.yaml, or a cache that is shorter \
+                            than the mask";
+                return Err(wrong(&last.part, what.to_owned()));
+            }
+        };
+        let batches = chunks.iter().map(|chunk| chunk.prefill_rotate.as_ref());
+        for call in rotated.into_iter().chain(batches.clone().flatten()) {
+            check(call, slots)?;
+        }
+        let rows = batches.map(|call| call.map(|call| call.step.rows));
+        Ok(Some(Rotation {
+            window,
+            rows: rows.reduce(|a, b| if a == b { a } else { None }).flatten(),
+            trusted: OnceLock::new(),
+        }))
+    }
+}
+
+fn check<P: Part>(call: &Call<P>, slots: usize) -> Result<(), Error> {
+    if call.step.width == slots {
+        return Ok(());
+    }
+    let what = format!("the mask has {} slots, that of `infer` {slots}", call.step.width);
+    Err(wrong(&call.part, what))
 }
 
 impl<P: Part> Wired<P> {

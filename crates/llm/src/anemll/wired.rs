@@ -3,48 +3,15 @@
 use candle_core::{Device, Tensor};
 use candle_coreml_mil::Feature;
 
+use super::chunks::{Call, Chunk, Mode, wire_chunks, wrong};
 use super::masks::Masks;
 use super::rotation::Rotation;
 use super::step::{Renamed, Step};
-use super::{ChunkParts, Components};
+use super::{Components, Facts};
 use crate::Error;
 use crate::part::head::{Head, Vocabulary};
 use crate::part::interface::{Place, Role, array, only_input, takes};
 use crate::part::{Part, number, take};
-
-pub(super) const PREFILL: &str = "prefill";
-pub(super) const INFER: &str = "infer";
-pub(super) const INFER_ROTATE: &str = "infer_rotate";
-pub(super) const PREFILL_ROTATE: &str = "prefill_rotate";
-
-/// Which function of the chunks runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Mode {
-    /// One token, before a window is full or without one.
-    One,
-    /// A batch, likewise.
-    Batch,
-    /// One token past the window.
-    RotateOne,
-    /// A batch past the window.
-    RotateBatch,
-}
-
-/// A package at one of its functions.
-pub(super) struct Call<P> {
-    pub(super) part: P,
-    pub(super) step: Step,
-}
-
-/// A chunk at each of its functions.
-pub(super) struct Chunk<P> {
-    pub(super) infer: Call<P>,
-    pub(super) prefill: Option<Call<P>>,
-    pub(super) infer_rotate: Option<Call<P>>,
-    pub(super) prefill_rotate: Option<Call<P>>,
-    /// Which of the states it uses.
-    pub(super) state: usize,
-}
 
 /// The package that turns ids into hidden states.
 pub(super) struct Embeddings<P> {
@@ -67,18 +34,9 @@ pub(super) struct Wired<P> {
     pub(super) rotation: Option<Rotation>,
     pub(super) slots: usize,
     pub(super) context: usize,
+    /// What bounds the context.
+    pub(super) bound: &'static str,
     pub(super) vocabulary: usize,
-}
-
-impl<P> Chunk<P> {
-    pub(super) fn at(&self, mode: Mode) -> Option<&Call<P>> {
-        match mode {
-            Mode::One => Some(&self.infer),
-            Mode::Batch => self.prefill.as_ref(),
-            Mode::RotateOne => self.infer_rotate.as_ref(),
-            Mode::RotateBatch => self.prefill_rotate.as_ref(),
-        }
-    }
 }
 
 impl<P: Part> Wired<P> {
@@ -94,9 +52,6 @@ impl<P: Part> Wired<P> {
             return Err(none("chunks"));
         };
         let (slots, mask_dtype) = (first.infer.step.width, first.infer.step.mask_dtype);
-        let noted = |key: &str| number(&first.infer.part, key);
-        let context = facts.context.or_else(|| noted("com.anemll.context_length"));
-        let cache = noted("com.anemll.state_length");
         note_vocabulary(
             &mut facts.vocabulary,
             head.as_ref().unwrap_or(&last.infer.part),
@@ -111,9 +66,8 @@ impl<P: Part> Wired<P> {
         let head_kind = Head::read(given.name(), given.interface(), &facts.vocabulary)?;
         let vocabulary = head_kind.vocabulary(given.name(), given.interface(), &facts.vocabulary)?;
         check_widths(embeddings.as_ref(), &chunks, head.as_ref())?;
-        let rotation = read_rotation(&chunks, facts.window, slots)?;
-        let limits = [context, cache, facts.window.filter(|_| rotation.is_none())];
-        let context = limits.into_iter().flatten().fold(slots, usize::min);
+        let rotation = Rotation::read(&chunks, facts.window, slots)?;
+        let (context, bound) = limit(&chunks, &facts, rotation.is_some(), slots);
         let batch = match facts.one_by_one {
             Some(why) => Err(why),
             None => common_batch(&chunks, embeddings.as_ref(), slots)?,
@@ -133,6 +87,7 @@ impl<P: Part> Wired<P> {
             rotation,
             slots,
             context,
+            bound,
             vocabulary,
         })
     }
@@ -224,6 +179,43 @@ impl<P: Part> Wired<P> {
     }
 }
 
+/// Tokens a conversation may have, and what bounds them.
+fn limit<P: Part>(chunks: &[Chunk<P>], facts: &Facts, rotates: bool, slots: usize) -> (usize, &'static str) {
+    let noted = |key: &str| number(&chunks.first()?.infer.part, key);
+    let local = |limit: Option<usize>| limit.filter(|_| !rotates);
+    let limits = [
+        (Some(slots), "the mask"),
+        (facts.context, "the bundle's description"),
+        (noted("com.anemll.context_length"), "the package's description"),
+        (noted("com.anemll.state_length"), "the package's state_length"),
+        (local(facts.window), "sliding_window, without rotation functions"),
+        (
+            local(shortest_cache(chunks, slots)),
+            "the shortest cache, without rotation functions",
+        ),
+    ];
+    let given = limits.into_iter().filter_map(|(limit, why)| Some((limit?, why)));
+    given
+        .min_by_key(|(limit, _)| *limit)
+        .unwrap_or((slots, "the mask"))
+}
+
+/// Slots of the shortest cache, where it is shorter than the mask: [.., slots, width of a head].
+pub(super) fn shortest_cache<P: Part>(chunks: &[Chunk<P>], slots: usize) -> Option<usize> {
+    let states = chunks
+        .iter()
+        .flat_map(|chunk| &chunk.infer.part.interface().states);
+    let length = |state: &Feature| match array(state).ok()?.shape.as_slice() {
+        shape if shape.contains(&slots) => None,
+        [_, .., length, _] => Some(*length),
+        _ => None,
+    };
+    states
+        .filter_map(length)
+        .filter(|&length| 0 < length && length < slots)
+        .min()
+}
+
 impl<P: Part> Embeddings<P> {
     fn read(part: P) -> Result<Self, Error> {
         let input = only_input(part.name(), part.interface())?.name.clone();
@@ -267,132 +259,6 @@ fn note_vocabulary<P: Part>(vocabulary: &mut Vocabulary, head: &P, chunk: &P) {
         };
         vocabulary.part_sizes = sizes.and_then(numbers);
     }
-}
-
-fn wire_chunks<P: Part>(parts: Vec<ChunkParts<P>>, renamed: &Renamed) -> Result<Vec<Chunk<P>>, Error> {
-    let mut chunks: Vec<Chunk<P>> = Vec::with_capacity(parts.len());
-    let mut states = 0;
-    for parts in parts {
-        let ChunkParts {
-            infer,
-            prefill,
-            rotated,
-        } = parts;
-        let call = |part: P| -> Result<Call<P>, Error> {
-            let step = Step::read(part.name(), part.interface(), renamed)?;
-            Ok(Call { part, step })
-        };
-        let one = call(only_or(&infer, INFER)?)?;
-        if one.step.rows != 1 {
-            return Err(wrong(
-                &one.part,
-                format!("takes {} tokens at once, needed: 1", one.step.rows),
-            ));
-        }
-        let batch = match &prefill {
-            Some(prefill) => Some(only_or(prefill, PREFILL)?),
-            None => named(&infer, &[PREFILL])?,
-        };
-        let either = |name: &str, plain: &str| -> Result<Option<P>, Error> {
-            match named(&infer, &[name])? {
-                Some(found) => Ok(Some(found)),
-                None => rotated
-                    .as_ref()
-                    .map_or(Ok(None), |rotated| named(rotated, &[name, plain])),
-            }
-        };
-        let infer_rotate = either(INFER_ROTATE, INFER)?.map(call).transpose()?;
-        let prefill_rotate = either(PREFILL_ROTATE, PREFILL)?.map(call).transpose()?;
-        let prefill = batch.map(call).transpose()?;
-        for other in [&prefill, &infer_rotate, &prefill_rotate].into_iter().flatten() {
-            check_states(&one.part, &other.part)?;
-        }
-        let same = |other: &&Chunk<P>| other.infer.part.interface().states == one.part.interface().states;
-        let state = chunks.iter().find(same).map_or(states, |other| other.state);
-        states = states.max(state + 1);
-        check_against_first(chunks.first(), &one)?;
-        chunks.push(Chunk {
-            infer: one,
-            prefill,
-            infer_rotate,
-            prefill_rotate,
-            state,
-        });
-    }
-    Ok(chunks)
-}
-
-/// The only function of a package, or the one of this name.
-fn only_or<P: Part>(part: &P, name: &str) -> Result<P, Error> {
-    let functions = part.functions();
-    match functions.as_slice() {
-        [only] => part.with_function(only),
-        _ => named(part, &[name])?.ok_or_else(|| Error::Wiring {
-            part: part.name().to_owned(),
-            function: name.to_owned(),
-            what: format!(
-                "the package has no such function; it has {}",
-                functions.join(", ")
-            ),
-        }),
-    }
-}
-
-/// The first of these functions that a package has.
-fn named<P: Part>(part: &P, names: &[&str]) -> Result<Option<P>, Error> {
-    let functions = part.functions();
-    let found = names.iter().find(|name| functions.iter().any(|f| f == *name));
-    found.map(|name| part.with_function(name)).transpose()
-}
-
-/// Functions of one chunk work on one state.
-fn check_states<P: Part>(first: &P, other: &P) -> Result<(), Error> {
-    let (own, others) = (&first.interface().states, &other.interface().states);
-    if own.len() == others.len()
-        && own
-            .iter()
-            .all(|state| others.iter().any(|o| same_buffer(state, o)))
-    {
-        return Ok(());
-    }
-    let what = format!(
-        "its states are {}, those of function `{}` of {} are {}",
-        buffers(others),
-        first.interface().name,
-        first.name(),
-        buffers(own)
-    );
-    Err(wrong(other, what))
-}
-
-fn same_buffer(a: &Feature, b: &Feature) -> bool {
-    a.name == b.name
-        && array(a).ok().map(|a| (a.dtype, &a.shape)) == array(b).ok().map(|b| (b.dtype, &b.shape))
-}
-
-fn buffers(states: &[Feature]) -> String {
-    if states.is_empty() {
-        return "none".to_owned();
-    }
-    let one = |state: &Feature| {
-        let shape = array(state).map(|a| a.shape.clone()).unwrap_or_default();
-        format!("`{}` {shape:?}", state.name)
-    };
-    states.iter().map(one).collect::<Vec<_>>().join(", ")
-}
-
-fn check_against_first<P: Part>(first: Option<&Chunk<P>>, call: &Call<P>) -> Result<(), Error> {
-    let Some(first) = first else { return Ok(()) };
-    let expected = (first.infer.step.width, first.infer.step.mask_dtype);
-    let found = (call.step.width, call.step.mask_dtype);
-    if expected == found {
-        return Ok(());
-    }
-    let what = format!(
-        "the mask (slots, type) is {found:?}, in {} it is {expected:?}",
-        first.infer.part.name()
-    );
-    Err(wrong(&call.part, what))
 }
 
 /// Hidden states have one width from the embeddings to the head, and ids go to the first chunk alone.
@@ -448,62 +314,6 @@ fn misfit<P: Part>(part: &P, width: usize, before: &P, given: usize) -> Error {
     wrong(part, what)
 }
 
-/// How caches roll, where every chunk has a function for it.
-fn read_rotation<P: Part>(
-    chunks: &[Chunk<P>],
-    window: Option<usize>,
-    slots: usize,
-) -> Result<Option<Rotation>, Error> {
-    if chunks.iter().any(|chunk| chunk.infer_rotate.is_none()) {
-        return Ok(None);
-    }
-    let states = chunks
-        .iter()
-        .flat_map(|chunk| &chunk.infer.part.interface().states);
-    let lengths = states.filter_map(|state| match array(state).ok()?.shape.as_slice() {
-        [.., length, _] => Some(*length),
-        _ => None,
-    });
-    let window = window.or_else(|| lengths.min().filter(|&length| length < slots));
-    let window = window.filter(|&window| window > 0).ok_or_else(|| {
-        wrong(
-            last_rotated(chunks),
-            "there is no word about the window it rotates: `sliding_window` in meta.yaml, or a state shorter than the context"
-                .to_owned(),
-        )
-    })?;
-    for chunk in chunks {
-        for call in [&chunk.infer_rotate, &chunk.prefill_rotate].into_iter().flatten() {
-            check_rotated(call, slots)?;
-        }
-    }
-    let rows = chunks
-        .iter()
-        .map(|chunk| chunk.prefill_rotate.as_ref().map(|call| call.step.rows))
-        .reduce(|a, b| if a == b { a } else { None })
-        .flatten();
-    Ok(Some(Rotation {
-        window,
-        rows,
-        trusted: std::sync::OnceLock::new(),
-    }))
-}
-
-fn last_rotated<P>(chunks: &[Chunk<P>]) -> &P {
-    let last = chunks.last().expect("a model has a chunk");
-    last.infer_rotate
-        .as_ref()
-        .map_or(&last.infer.part, |call| &call.part)
-}
-
-fn check_rotated<P: Part>(call: &Call<P>, slots: usize) -> Result<(), Error> {
-    if call.step.width == slots {
-        return Ok(());
-    }
-    let what = format!("the mask has {} slots, that of `infer` {slots}", call.step.width);
-    Err(wrong(&call.part, what))
-}
-
 /// Rows of a prefill batch, when every chunk prefills and the embeddings take as many ids at once; otherwise why not.
 fn common_batch<P: Part>(
     chunks: &[Chunk<P>],
@@ -547,18 +357,10 @@ fn common_batch<P: Part>(
     })
 }
 
-fn wrong<P: Part>(part: &P, what: String) -> Error {
-    Error::Wiring {
-        part: part.name().to_owned(),
-        function: part.interface().name.clone(),
-        what,
-    }
-}
-
 fn none(what: &str) -> Error {
     Error::Wiring {
         part: "bundle".to_owned(),
-        function: INFER.to_owned(),
+        function: "infer".to_owned(),
         what: format!("there are no {what}"),
     }
 }

@@ -265,6 +265,7 @@ impl Bundle {
         Vocabulary {
             size: config.or_else(|| self.meta.number("vocab_size")),
             part_sizes: self.meta.numbers("lm_head_chunk_sizes"),
+            tokens: Some(self.tokenizer.vocabulary()),
             parts: self
                 .meta
                 .number("split_lm_head")

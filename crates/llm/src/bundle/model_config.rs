@@ -20,6 +20,9 @@ const OTHERS: [&str; 8] = [
     "model.safetensors.index.json",
 ];
 
+/// Configurations have a few kilobytes; what is larger is something else.
+const LARGEST_BYTES: usize = 4 << 20;
+
 /// What a `ModelConfig` says: which file is which part, and what their inputs are called.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -79,7 +82,9 @@ impl ConfiguredFiles {
             .filter(|name| name.ends_with(".json") && !OTHERS.contains(&name.as_str()));
         let mut found = Vec::new();
         for name in candidates {
-            let Some(bytes) = files.read(name)? else { continue };
+            let Some(bytes) = files.read(name)?.filter(|bytes| bytes.len() <= LARGEST_BYTES) else {
+                continue;
+            };
             // Files of other purposes may be anything, JSON that is not whole too.
             let value: serde_json::Value = serde_json::from_slice(&bytes).unwrap_or_default();
             let components = value.get("components").and_then(serde_json::Value::as_object);

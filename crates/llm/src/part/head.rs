@@ -36,6 +36,8 @@ pub(crate) struct Vocabulary {
     pub(crate) part_sizes: Option<Vec<usize>>,
     /// Parts of a split head.
     pub(crate) parts: Option<usize>,
+    /// Tokens of the tokenizer: what is left where neither bundle nor package says a size.
+    pub(crate) tokens: Option<usize>,
 }
 
 impl Head {
@@ -109,10 +111,10 @@ impl Head {
                 names.iter().map(last_dim).sum()
             }
         };
-        match (given, vocabulary.size) {
-            (Some(given), Some(size)) => Ok(given.min(size)),
-            (Some(size), None) | (None, Some(size)) => Ok(size),
-            (None, None) => Err(Error::Wiring {
+        match (given, vocabulary.size, vocabulary.tokens) {
+            (Some(given), Some(size), _) => Ok(given.min(size)),
+            (Some(size), None, _) | (None, Some(size), _) | (None, None, Some(size)) => Ok(size),
+            (None, None, None) => Err(Error::Wiring {
                 part: part.to_owned(),
                 function: function.name.clone(),
                 what: "the size of the vocabulary is in neither the head's outputs nor config.json nor meta.yaml"
@@ -312,7 +314,7 @@ mod tests {
         let uneven = Vocabulary {
             size: Some(10),
             part_sizes: Some(vec![5, 3, 2]),
-            parts: None,
+            ..Vocabulary::default()
         };
         let head = Head::read("h", &function, &uneven).unwrap();
         for (values, indices, expected) in [

@@ -17,7 +17,7 @@ pub(crate) use stateless::Stateless;
 pub(crate) struct PackageFacts {
     /// Tokens a conversation may have, where the bundle says so.
     pub(crate) context: Option<usize>,
-    /// Tokens the tokenizer's maker allows, where neither bundle nor package bounds them.
+    /// Tokens the checkpoint was made for, where neither bundle nor package bounds them.
     pub(crate) positions: Option<usize>,
     pub(crate) vocabulary: Vocabulary,
 }
@@ -63,6 +63,16 @@ fn read_inputs(part: &str, function: &FunctionDescription) -> Result<Vec<Input>,
 fn lone_ids(function: &FunctionDescription, feature: &Feature) -> Option<Role> {
     let ids = array(feature).is_ok_and(|a| a.shape.len() == 2 && float_dtype(a.dtype).is_none());
     (function.inputs.len() == 1 && ids).then_some(Role::Ids)
+}
+
+/// The least of the limits there are, with its name.
+fn least<const N: usize>(
+    limits: [(Option<usize>, &'static str); N],
+    facts: &PackageFacts,
+) -> Option<(usize, &'static str)> {
+    let given = limits.into_iter().filter_map(|(limit, why)| Some((limit?, why)));
+    let least = given.min_by_key(|(limit, _)| *limit);
+    least.or_else(|| Some((facts.positions?, "max_position_embeddings of config.json")))
 }
 
 fn find(inputs: &[Input], role: Role) -> Option<&Input> {

@@ -6,8 +6,9 @@
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
+use candle_coreml_mil::Feature;
 
-use super::{Input, PackageFacts, Sizes, find, positions, presence, read_inputs, wrong};
+use super::{Input, PackageFacts, Sizes, find, least, positions, presence, read_inputs, wrong};
 use crate::Error;
 use crate::anemll::ports;
 use crate::model::{LanguageModel, Prediction};
@@ -28,6 +29,8 @@ struct Shared<P> {
     slots: Option<Sizes>,
     head: Head,
     context: usize,
+    /// What bounds the context.
+    bound: &'static str,
     vocabulary: usize,
 }
 
@@ -61,6 +64,7 @@ impl<P: Part> Stateful<P> {
         Wiring {
             layout: layout.to_owned(),
             context_tokens: shared.context,
+            context_bound_by: shared.bound.to_owned(),
             vocabulary: shared.vocabulary,
             gives_logits: shared.head.gives_logits(),
             batch_tokens: batch,
@@ -167,21 +171,20 @@ impl<P: Part> Shared<P> {
         if tokens.at_least(1) != Some(1) {
             return Err(wrong(format!("single tokens are needed, it takes {tokens:?}")));
         }
-        // [.., slots, width of a head]
-        let lengths = function
-            .states
-            .iter()
-            .filter_map(|state| match array(state).ok()?.shape.as_slice() {
-                [.., length, _] => Some(*length),
-                _ => None,
-            });
-        let bounds = [facts.context, slots.as_ref().and_then(Sizes::most)]
-            .into_iter()
-            .flatten()
-            .min();
-        let context = bounds.or(lengths.min()).or(facts.positions);
-        let context =
-            context.ok_or_else(|| wrong("nothing says how many tokens the states hold".to_owned()))?;
+        let widest = slots.as_ref().and_then(Sizes::most);
+        // [.., slots, width of a head], unless the mask's slots are found elsewhere.
+        let length = |state: &Feature| match array(state).ok()?.shape.as_slice() {
+            shape if widest.is_some_and(|widest| shape.contains(&widest)) => None,
+            [_, .., length, _] => Some(*length),
+            _ => None,
+        };
+        let limits = [
+            (facts.context, "the bundle's description"),
+            (widest, "the mask"),
+            (function.states.iter().filter_map(length).min(), "the states"),
+        ];
+        let nothing = || wrong("nothing says how many tokens the states hold".to_owned());
+        let (context, bound) = least(limits, facts).ok_or_else(nothing)?;
         let head = Head::read(part.name(), &function, &facts.vocabulary)?;
         let vocabulary = head.vocabulary(part.name(), &function, &facts.vocabulary)?;
         Ok(Shared {
@@ -191,6 +194,7 @@ impl<P: Part> Shared<P> {
             slots,
             head,
             context,
+            bound,
             vocabulary,
         })
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 
-use super::{Input, PackageFacts, Sizes, find, positions, presence, read_inputs, wrong};
+use super::{Input, PackageFacts, Sizes, find, least, positions, presence, read_inputs, wrong};
 use crate::Error;
 use crate::anemll::ports;
 use crate::model::{LanguageModel, Prediction};
@@ -16,6 +16,9 @@ use crate::wiring::{WiredCall, Wiring};
 /// Token that fills a window up; it comes after all that is looked at.
 const PADDING_TOKEN: i32 = 0;
 
+/// Windows that cannot be smaller than this are taken for a mistake in a package.
+const MOST_TOKENS: usize = 1 << 20;
+
 /// What conversations share.
 struct Shared<P> {
     part: P,
@@ -23,6 +26,8 @@ struct Shared<P> {
     tokens: Sizes,
     head: Head,
     context: usize,
+    /// What bounds the context.
+    bound: &'static str,
     vocabulary: usize,
 }
 
@@ -52,6 +57,7 @@ impl<P: Part> Stateless<P> {
         Wiring {
             layout: layout.to_owned(),
             context_tokens: shared.context,
+            context_bound_by: shared.bound.to_owned(),
             vocabulary: shared.vocabulary,
             gives_logits: shared.head.gives_logits(),
             batch_tokens: None,
@@ -151,6 +157,11 @@ impl<P: Part> Shared<P> {
         let ids = find(&inputs, Role::Ids);
         let tokens = ids.and_then(|ids| Sizes::of(&ids.array, 0));
         let tokens = tokens.ok_or_else(|| wrong("token ids [1, tokens] are needed".to_owned()))?;
+        if let Some(least) = tokens.at_least(1).filter(|&least| least > MOST_TOKENS) {
+            return Err(wrong(format!(
+                "it takes {least} tokens and not fewer, allowed: {MOST_TOKENS}"
+            )));
+        }
         let odd = |input: &&Input| !matches!(input.role, Role::Ids | Role::Mask | Role::Positions);
         if let Some(odd) = inputs.iter().find(odd) {
             let name = &odd.name;
@@ -164,9 +175,12 @@ impl<P: Part> Shared<P> {
                 "`{name}` is {shape:?}, needed without states: [1, tokens]"
             )));
         }
-        let bounds = [facts.context, tokens.most()].into_iter().flatten().min();
-        let context = bounds.or(facts.positions);
-        let context = context.ok_or_else(|| wrong("nothing says how many tokens it takes".to_owned()))?;
+        let limits = [
+            (facts.context, "the bundle's description"),
+            (tokens.most(), "the token ids"),
+        ];
+        let nothing = || wrong("nothing says how many tokens it takes".to_owned());
+        let (context, bound) = least(limits, facts).ok_or_else(nothing)?;
         let head = Head::read(part.name(), &function, &facts.vocabulary)?;
         let vocabulary = head.vocabulary(part.name(), &function, &facts.vocabulary)?;
         Ok(Shared {
@@ -175,6 +189,7 @@ impl<P: Part> Shared<P> {
             tokens,
             head,
             context,
+            bound,
             vocabulary,
         })
     }
