@@ -5,7 +5,9 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::session::{Completion, GenerateOptions, Piece, Session};
+use crate::completion::{Completion, Piece};
+use crate::options::GenerateOptions;
+use crate::session::Session;
 use crate::template::{ChatTemplate, Message};
 use crate::{Bundle, Error, LoadOptions};
 
@@ -161,7 +163,7 @@ impl Chat {
 mod tests {
     use super::*;
     use crate::anemll::toy::Toy;
-    use crate::session::FinishReason;
+    use crate::completion::FinishReason;
     use crate::tokenizer::tests::bytes_tokenizer;
 
     const TEMPLATE: &str = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<turn>{% endfor %}\

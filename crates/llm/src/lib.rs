@@ -4,6 +4,28 @@
 //! model itself is seen through [`LanguageModel`], so other layouts and fakes take its place. [`EmbeddingModel`] gives
 //! texts their vectors.
 //!
+//! What a text must be is a [`Grammar`] (JSON, a schema, a regular expression), set in [`GenerateOptions`]. A [`ChatTemplate`] writes
+//! messages, tools and switches as a [`Prompt`], whose [`AnswerFormat`] has thinking and [`ToolCall`]s told apart from the
+//! answer's text:
+//!
+//! ```no_run
+//! use candle_coreml_llm::{Bundle, GenerateOptions, Message, TemplateOptions};
+//!
+//! let bundle = Bundle::open("models/tales")?;
+//! let mut session = bundle.session(&Default::default())?;
+//! let prompt = bundle.template()?.prompt(&[Message::user("Hello!")], &TemplateOptions::default())?;
+//! let options = GenerateOptions { format: prompt.format, ..GenerateOptions::default() };
+//! let ids = bundle.tokenizer().encode(&prompt.text)?;
+//! for piece in session.generate(&ids, &options)? {
+//!     let piece = piece?;
+//!     print!("{}{}", piece.thinking, piece.text);
+//!     for call in piece.tool_calls {
+//!         println!("{}({:?})", call.name, call.arguments);
+//!     }
+//! }
+//! # Ok::<(), candle_coreml_llm::Error>(())
+//! ```
+//!
 //! ```no_run
 //! use std::ops::ControlFlow;
 //! use candle_coreml_llm::{Bundle, Chat, GenerateOptions, LoadOptions};
@@ -19,11 +41,16 @@
 //! ```
 
 mod anemll;
+mod answer;
 mod bundle;
 mod chat;
+mod completion;
 mod embedding;
 mod error;
+mod generation;
+mod grammar;
 mod model;
+mod options;
 mod part;
 mod sampling;
 mod saved;
@@ -32,15 +59,22 @@ mod single;
 mod stops;
 mod template;
 mod tokenizer;
+mod tools;
 mod wiring;
 
+pub use answer::{AnswerFormat, Thinking};
 pub use bundle::{Bundle, ChunkFiles, Configs, ConfiguredFiles, Files, Layout, LoadOptions, Meta, PartFiles};
 pub use chat::Chat;
+pub use completion::{Completion, FinishReason, Piece, Step, Timings};
 pub use embedding::{Embedding, EmbeddingModel, EmbeddingOptions, Pooling, cosine_similarity};
 pub use error::Error;
+pub use generation::Generation;
+pub use grammar::Grammar;
 pub use model::{LanguageModel, Prediction};
+pub use options::{ContextFull, GenerateOptions, Shift};
 pub use sampling::{History, Logprobs, Sampler, Sampling};
-pub use session::{Completion, FinishReason, GenerateOptions, Generation, Piece, Session, Step, Timings};
-pub use template::{ChatTemplate, Message};
+pub use session::Session;
+pub use template::{ChatTemplate, Message, Prompt, TemplateOptions};
 pub use tokenizer::{TextStream, Tokenizer};
+pub use tools::{ToolCall, ToolFormat};
 pub use wiring::{WiredCall, WiredPort, WiredState, Wiring};
