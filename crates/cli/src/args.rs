@@ -53,6 +53,8 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Talk with a model; without BUNDLE with the demo model inside this program.
     Chat(ChatArgs),
+    /// Serve models over HTTP as OpenAI's clients speak it; without BUNDLE the demo model inside this program.
+    Serve(crate::serve::ServeArgs),
     /// Measure prefill and decode; without BUNDLE those of the demo model inside this program.
     Bench(BenchArgs),
     /// Give texts their vectors with an encoder: printed, saved, or compared.

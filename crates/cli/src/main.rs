@@ -21,6 +21,7 @@ mod ops;
 mod picture;
 mod plan;
 mod predict;
+mod serve;
 mod terminal;
 mod trace;
 mod verify;
@@ -51,6 +52,7 @@ fn main() -> ExitCode {
         Command::Plan(args) => plan::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Chat(args) => chat::run(&args),
+        Command::Serve(args) => serve::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Embed(args) => embed::run(&args),
         #[cfg(feature = "hub")]

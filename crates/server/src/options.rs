@@ -116,11 +116,13 @@ fn refuse(option: &'static str, value: &str, allowed: &'static str) -> Error {
 mod tests {
     use super::*;
 
+    type Change = fn(&mut Options);
+
     #[test]
     fn options_out_of_range_are_refused_by_name() {
         assert!(Options::default().check().is_ok());
         let mut failures = Vec::new();
-        let rows: [(&str, fn(&mut Options)); 6] = [
+        let rows: [(&str, Change); 6] = [
             ("max_concurrency is 0, allowed: 1 or more", |o| {
                 o.max_concurrency = 0
             }),

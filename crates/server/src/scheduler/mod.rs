@@ -74,6 +74,7 @@ struct Board {
     aborting: bool,
 }
 
+#[expect(clippy::large_enum_variant, reason = "one value a text, moved once a turn")]
 enum Active {
     /// It has a place and no session yet; what goes for it is dropped outside the lock.
     Placed(Task, Place, Option<Idle>),

@@ -79,6 +79,7 @@ pub(crate) struct Running {
 }
 
 /// What a step led to.
+#[expect(clippy::large_enum_variant, reason = "one value a turn, moved once")]
 pub(crate) enum Turn {
     /// There is more to do.
     Again(Box<Running>),
