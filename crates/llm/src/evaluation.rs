@@ -453,7 +453,10 @@ impl Mean {
 mod tests {
     use candle_core::Tensor;
 
+    use std::path::Path;
+
     use super::*;
+    use crate::Bundle;
     use crate::tokenizer::tests::bytes_tokenizer;
 
     /// After byte `b`, byte `b + 1` has logit `sharp`, all others 0, as far back as the model is shown a `!`: then twice that.
@@ -702,5 +705,74 @@ mod tests {
                 "{json}"
             );
         }
+    }
+
+    const STORY: &str = include_str!("../testdata/story.txt");
+    /// What `perplexity.py` prints for the checkpoint behind the demo model: window, stride, mean nll and its error.
+    const REFERENCE: [(usize, usize, f64, f64); 2] =
+        [(128, 64, 3.261510, 0.276080), (256, 256, 3.195701, 0.276932)];
+
+    fn open(folder: &str) -> Option<(Bundle, Box<dyn LanguageModel>)> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(folder);
+        if !folder.exists() {
+            eprintln!("{} is absent: nothing is compared with it", folder.display());
+            return None;
+        }
+        let bundle = Bundle::open(folder).unwrap();
+        let model = bundle.load(&Default::default()).unwrap();
+        Some((bundle, model))
+    }
+
+    #[test]
+    fn perplexity_is_what_the_checkpoint_has_by_an_independent_computation() {
+        // The packages in the tree have 6 bits a weight; those beside it fp16, as the checkpoint.
+        for (folder, allowed) in [("models/tales", 0.02), ("../shared/models/tales-fp16", 0.001)] {
+            let Some((bundle, mut model)) = open(folder) else {
+                continue;
+            };
+            for (tokens, stride, mean, error) in REFERENCE {
+                let windows = Windows { tokens, stride };
+                let found =
+                    perplexity(model.as_mut(), bundle.tokenizer(), STORY, windows, |_, _| true).unwrap();
+                eprintln!("{folder} {windows:?}: {found:?}, perplexity {:.4}", found.value());
+                assert_eq!(found.tokens, 159);
+                assert!(
+                    (found.mean_nll - mean).abs() < allowed,
+                    "{folder}: {found:?}, expected {mean}"
+                );
+                assert!(
+                    (found.stderr_nll - error).abs() < allowed,
+                    "{folder}: {found:?}, expected {error}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_palettized_model_is_near_its_original_and_not_the_same() {
+        let (Some((bundle, mut small)), Some((_, mut original))) =
+            (open("models/tales"), open("../shared/models/tales-fp16"))
+        else {
+            return;
+        };
+        let windows = Windows {
+            tokens: 128,
+            stride: 64,
+        };
+        let found = compare(
+            small.as_mut(),
+            original.as_mut(),
+            bundle.tokenizer(),
+            STORY,
+            windows,
+            |_, _| true,
+        )
+        .unwrap();
+        eprintln!("{found:?}");
+        assert!(
+            found.mean_kl > 1e-5 && found.mean_kl < 0.1 && found.same_best > 0.85,
+            "{found:?}"
+        );
+        assert!(found.stderr_log_ratio < found.model.stderr_nll / 3.0, "{found:?}");
     }
 }

@@ -531,4 +531,51 @@ mod tests {
             "FalseAnn"
         );
     }
+
+    #[derive(Deserialize)]
+    struct Golden {
+        templates: BTreeMap<String, String>,
+        cases: Vec<Case>,
+    }
+
+    #[derive(Deserialize)]
+    struct Case {
+        template: String,
+        messages: Vec<Message>,
+        variables: BTreeMap<String, serde_json::Value>,
+        add_generation_prompt: bool,
+        text: Option<String>,
+        error: Option<String>,
+    }
+
+    /// `testdata/templates.py` made the renders.
+    #[test]
+    fn templates_of_every_family_render_as_jinja2_renders_them() {
+        let golden: Golden = serde_json::from_str(include_str!("../testdata/templates/golden.json")).unwrap();
+        let mut failures = Vec::new();
+        for (index, case) in golden.cases.iter().enumerate() {
+            let special = BTreeMap::from([("bos_token".to_string(), serde_json::Value::from("<s>"))]);
+            let template = ChatTemplate::parse(&golden.templates[&case.template], special).unwrap();
+            let found = template.render_with(&case.messages, case.add_generation_prompt, &case.variables);
+            let right = match (&found, &case.text, &case.error) {
+                (Ok(found), Some(text), _) => found == text,
+                (Err(error), None, Some(words)) => error.to_string().contains(words),
+                _ => false,
+            };
+            if !right {
+                failures.push(format!(
+                    "case {index} ({}): {found:?}\nexpected {:?} {:?}",
+                    case.template, case.text, case.error
+                ));
+            }
+        }
+        let few: Vec<_> = failures.iter().take(4).cloned().collect();
+        assert!(
+            failures.is_empty() && golden.cases.len() > 200,
+            "{} of {}:\n{}",
+            failures.len(),
+            golden.cases.len(),
+            few.join("\n")
+        );
+    }
 }
