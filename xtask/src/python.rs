@@ -70,7 +70,7 @@ impl Environment {
     }
 
     /// An interpreter with maturin and the packages.
-    fn venv(packages: &[&str]) -> Result<Self> {
+    pub fn venv(packages: &[&str]) -> Result<Self> {
         let folder = root().join("target/python");
         let env = Environment { folder };
         if !env.binary("python").is_file() {

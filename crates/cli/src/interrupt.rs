@@ -1,4 +1,4 @@
-//! Ctrl-C: the first asks work to stop, a second ends the program.
+//! Ctrl-C: the first asks work to stop, a second ends the program, unless that is a conversation.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,6 +24,12 @@ pub fn remove_at_end(unfinished: PathBuf) -> Result<(), Failure> {
         let _ = std::fs::remove_dir_all(&unfinished);
         std::process::exit(i32::from(INTERRUPTED));
     })?;
+    Ok(())
+}
+
+/// As [`install`], for a program that goes on after an answer was stopped: no Ctrl-C ends it.
+pub fn install_for_answers() -> Result<(), Failure> {
+    ctrlc::set_handler(|| ASKED.store(true, Ordering::SeqCst))?;
     Ok(())
 }
 

@@ -5,9 +5,13 @@ mod bench;
 mod chat;
 mod convert;
 mod demo;
+mod embed;
+mod eval;
 mod explain;
 mod failure;
 mod generate;
+#[cfg(feature = "hub")]
+mod hub;
 mod inputs;
 mod inspect;
 mod interrupt;
@@ -17,6 +21,7 @@ mod ops;
 mod picture;
 mod plan;
 mod predict;
+mod serve;
 mod terminal;
 mod trace;
 mod verify;
@@ -28,7 +33,16 @@ use clap::Parser;
 use failure::Outcome;
 
 fn main() -> ExitCode {
-    let outcome = match Cli::parse().command {
+    #[allow(
+        unused_mut,
+        reason = "names of the hub become paths where the hub is compiled in"
+    )]
+    let mut cli = Cli::parse();
+    #[cfg(feature = "hub")]
+    if let Err(failure) = hub::resolve(&mut cli.command, cli.offline) {
+        return finish(Err(failure));
+    }
+    let outcome = match cli.command {
         Command::Inspect { model, json } => inspect::run(&model, json),
         Command::Ops { model, json } => ops::run(&model, json),
         Command::Predict(args) => predict::run(&args),
@@ -38,7 +52,16 @@ fn main() -> ExitCode {
         Command::Plan(args) => plan::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Chat(args) => chat::run(&args),
+        Command::Serve(args) => serve::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Embed(args) => embed::run(&args),
+        #[cfg(feature = "hub")]
+        Command::Pull(args) => hub::pull(&args, cli.offline),
+        #[cfg(feature = "hub")]
+        Command::List(args) => hub::list(&args),
+        #[cfg(feature = "hub")]
+        Command::Rm(args) => hub::rm(&args),
+        Command::Eval(command) => eval::run(&command),
         Command::Convert(args) => convert::run(&args),
         Command::Compress(args) => convert::compress::run(&args),
     };

@@ -6,14 +6,25 @@
 
 use super::Result;
 use std::fs;
+#[cfg(unix)]
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
-/// Flags of rustc with which clang links by lld. Apple's linker reads files that are older than this version of it.
-pub const LINK: &[&str] = &[
-    "-Clink-arg=-fuse-ld=/usr/bin/ld64.lld",
-    "-Clink-arg=-mlinker-version=705",
-    "-Clink-arg=-Wl,-undefined,dynamic_lookup",
-];
+/// Flags of rustc with which clang links for macOS by lld. The linker's version is one whose options lld knows.
+pub fn link_flags(folder: &Path) -> Vec<String> {
+    let linker = folder.join(LINKER);
+    [
+        "--target=arm64-apple-macos11".to_string(),
+        format!("-fuse-ld={}", linker.display()),
+        "-mlinker-version=705".to_string(),
+        "-Wl,-undefined,dynamic_lookup".to_string(),
+    ]
+    .map(|argument| format!("-Clink-arg={argument}"))
+    .to_vec()
+}
+
+/// lld under the name by which it links Mach-O files, which Debian gives with a version only.
+const LINKER: &str = "bin/ld64.lld";
 
 const LIBRARIES: &[(&str, &str)] = &[
     ("libSystem", "/usr/lib/libSystem.B.dylib"),
@@ -24,12 +35,21 @@ const LIBRARIES: &[(&str, &str)] = &[
 ];
 
 const FRAMEWORKS: &[&str] = &[
+    "Accelerate",
+    "AppKit",
     "CoreFoundation",
+    "CoreGraphics",
     "CoreML",
+    "CoreServices",
     "CoreVideo",
     "Foundation",
+    "IOKit",
+    "IOSurface",
     "Metal",
+    "MetalPerformanceShaders",
+    "OpenDirectory",
     "Security",
+    "SystemConfiguration",
 ];
 
 /// Writes the folder and gives its path.
@@ -41,6 +61,16 @@ pub fn write(folder: &Path) -> Result<PathBuf> {
         let inside = format!("System/Library/Frameworks/{name}.framework/{name}");
         stub(&folder.join(format!("{inside}.tbd")), &format!("/{inside}"))?;
     }
+    let linker = folder.join(LINKER);
+    fs::create_dir_all(folder.join("bin"))
+        .and_then(|()| {
+            if linker.is_symlink() {
+                Ok(())
+            } else {
+                symlink("/usr/bin/lld", &linker)
+            }
+        })
+        .map_err(|e| format!("{}: {e}", linker.display()))?;
     Ok(folder.to_path_buf())
 }
 
@@ -52,4 +82,9 @@ fn stub(file: &Path, install: &str) -> Result<()> {
     fs::create_dir_all(parent)
         .and_then(|()| fs::write(file, text))
         .map_err(|e| format!("{}: {e}", file.display()))
+}
+
+#[cfg(not(unix))]
+fn symlink(_to: &str, at: &Path) -> std::io::Result<()> {
+    Err(std::io::Error::other(format!("{}: no links here", at.display())))
 }

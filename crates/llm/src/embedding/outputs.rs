@@ -42,6 +42,9 @@ const OF_HEADS: [&str; 6] = [
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Output {
     name: String,
+    /// The package and the function it is an output of, for errors.
+    package: String,
+    function: String,
     /// What is done with the vectors of tokens.
     pooling: Pooling,
     /// Rank of what it gives, where the package says so.
@@ -90,8 +93,11 @@ impl Output {
                 })?,
         };
         let bare = bare(&found.name);
+        let (package, function) = place.names();
         let output = Output {
             name: found.name.clone(),
+            package,
+            function,
             pooling: options.pooling.or(settings.pooling()?).unwrap_or(Pooling::Mean),
             rank: rank(found),
             of_tokens: OF_TOKENS.contains(&bare.as_str()),
@@ -162,9 +168,9 @@ impl Output {
 
     fn wrong(&self, what: String) -> Error {
         Error::Wiring {
-            part: self.name.clone(),
-            function: "output".to_owned(),
-            what,
+            part: self.package.clone(),
+            function: self.function.clone(),
+            what: format!("output `{}` {what}", self.name),
         }
     }
 }
@@ -200,6 +206,8 @@ mod tests {
     fn output(of_tokens: bool, pooled_here: bool) -> Output {
         Output {
             name: "o".to_owned(),
+            package: "p.mlpackage".to_owned(),
+            function: "main".to_owned(),
             pooling: Pooling::Mean,
             rank: None,
             of_tokens,

@@ -147,6 +147,11 @@ impl<'a> Place<'a> {
         Place { package, model }
     }
 
+    /// The package and its function.
+    pub(super) fn names(&self) -> (String, String) {
+        (self.package.to_owned(), self.model.function().name.clone())
+    }
+
     pub(super) fn outputs(&self) -> &'a [Feature] {
         self.model.outputs()
     }

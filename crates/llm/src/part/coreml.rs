@@ -1,11 +1,23 @@
 //! Core ML models as parts.
 
+use std::cell::Cell;
+use std::time::{Duration, Instant};
+
 use candle_core::Tensor;
 use candle_coreml::{CoreMLModel, CoreMLState, Value};
 use candle_coreml_mil::FunctionDescription;
 
 use super::Part;
 use crate::Error;
+
+thread_local! {
+    static PREDICTED: Cell<Duration> = const { Cell::new(Duration::ZERO) };
+}
+
+/// What this thread has spent in predictions of packages: what is left of a step's time is the engine's own.
+pub(crate) fn predict_time() -> Duration {
+    PREDICTED.get()
+}
 
 /// A Core ML model with its file name.
 #[derive(Clone)]
@@ -82,10 +94,12 @@ impl Part for CoreMlPart {
         state: Option<&mut CoreMLState>,
     ) -> Result<Vec<(String, Tensor)>, Error> {
         // A package without states of its own takes none, whatever its neighbours keep.
+        let start = Instant::now();
         let outputs = match state {
             Some(state) if !self.model.states().is_empty() => self.model.predict_with_state(inputs, state),
             _ => self.model.predict(inputs),
         };
+        PREDICTED.set(PREDICTED.get() + start.elapsed());
         let tensors =
             outputs
                 .map_err(|e| self.failed(e))?

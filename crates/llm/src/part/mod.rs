@@ -9,7 +9,7 @@ use candle_core::Tensor;
 use candle_coreml_mil::FunctionDescription;
 
 use crate::Error;
-pub(crate) use coreml::CoreMlPart;
+pub(crate) use coreml::{CoreMlPart, predict_time};
 pub(crate) use described::Described;
 
 /// An opened package at one of its functions. Core ML models are parts, and so are descriptions that are only looked at, and
