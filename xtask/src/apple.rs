@@ -3,14 +3,17 @@
 //! The stable toolchain has no standard library for Apple systems here; Debian's `rustc-web` carries its sources, from which
 //! cargo builds one (`-Zbuild-std`).
 
-use std::fs;
-use std::path::{Path, PathBuf};
+mod patch;
+mod sdk;
+
+use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
 type Result<T> = std::result::Result<T, String>;
 
-/// Debian packages that the real target needs: a compiler with its library's sources, and clang for one file of objc2's.
+/// Debian packages that the real target needs: a compiler with its library's sources, clang for one file of objc2's, and a
+/// linker for Mach-O files.
 const TARGET_PACKAGES: &[&str] = &[
     "rustc-web",
     "cargo-web",
@@ -18,6 +21,7 @@ const TARGET_PACKAGES: &[&str] = &[
     "rust-web-clippy",
     "clang",
     "llvm",
+    "lld",
 ];
 
 /// Debian packages that the stand-in needs: Foundation, its runtime, blocks, and GCC's Objective-C for one file of
@@ -29,16 +33,20 @@ const FAKE_PACKAGES: &[&str] = &[
     "gobjc",
 ];
 
-/// What is checked for each target. Crates that ship there; those that do not exist yet are left out by name.
-const SHIPPED: &[&str] = &[
-    "candle-coreml-apple",
-    "candle-coreml",
-    "candle-coreml-llm",
-    "candle-coreml-cli",
-    "candle-coreml-server",
-];
+/// The target that is linked.
+const LINKED: &str = "aarch64-apple-darwin";
 
 const TARGETS: &[&str] = &["aarch64-apple-darwin", "x86_64-apple-darwin", "aarch64-apple-ios"];
+
+/// Nothing is run here, so that the optimisations that tests need would be minutes for nothing.
+const UNOPTIMISED: &[&str] = &[
+    "profile.dev.debug=0",
+    // Without debug information cargo would strip the rest, by a program that Debian's packages have not.
+    "profile.dev.strip=\"none\"",
+    "profile.dev.package.\"*\".opt-level=0",
+    "profile.dev.package.candle-coreml-kernels.opt-level=0",
+    "profile.dev.package.candle-coreml-convert.opt-level=0",
+];
 
 /// `apple-check`: all of it; `--quick` checks one target only; `--no-install` leaves apt alone.
 pub fn check(arguments: &[String]) -> Result<()> {
@@ -47,21 +55,17 @@ pub fn check(arguments: &[String]) -> Result<()> {
         install(TARGET_PACKAGES)?;
         install(FAKE_PACKAGES)?;
     }
-    let packages: Vec<&str> = SHIPPED.iter().copied().filter(|p| exists(p)).collect();
     let targets = if quick { &TARGETS[..1] } else { TARGETS };
     for target in targets {
-        timed(&format!("check {target}"), || {
-            cross("check", target, &packages, &[])
-        })?;
+        timed(&format!("check {target}"), || cross("check", target, &[]))?;
         if !quick {
-            timed(&format!("clippy {target}"), || {
-                cross("clippy", target, &packages, &["--", "-D", "warnings"])
-            })?;
+            let deny = ["--", "-D", "warnings"];
+            timed(&format!("clippy {target}"), || cross("clippy", target, &deny))?;
         }
     }
     if !quick {
-        timed("build aarch64-apple-darwin", || {
-            cross("build", TARGETS[0], &libraries(&packages), &[])
+        timed(&format!("build and link {LINKED}"), || {
+            cross("build", LINKED, &[])
         })?;
     }
     timed("stand-in", || fake(&[]))
@@ -69,7 +73,7 @@ pub fn check(arguments: &[String]) -> Result<()> {
 
 /// `apple-fake`: patches the bindings and runs cargo in the stand-in's workspace.
 pub fn fake(arguments: &[String]) -> Result<()> {
-    patch_bindings()?;
+    patch::bindings()?;
     let mut cargo = Command::new(env!("CARGO"));
     cargo.current_dir(root().join("crates/apple/fake"));
     match arguments {
@@ -182,25 +186,11 @@ fn root() -> &'static Path {
         .unwrap_or(Path::new("."))
 }
 
-fn exists(package: &str) -> bool {
-    let folder = package.strip_prefix("candle-coreml-").unwrap_or(package);
-    root().join("crates").join(folder).join("Cargo.toml").is_file()
-}
-
-/// What can be built without a linker for Apple systems.
-fn libraries<'a>(packages: &[&'a str]) -> Vec<&'a str> {
-    packages
-        .iter()
-        .copied()
-        .filter(|p| *p != "candle-coreml-cli")
-        .collect()
-}
-
-/// One cargo command for a target with the standard library built from source.
-fn cross(command: &str, target: &str, packages: &[&str], more: &[&str]) -> Result<()> {
+/// One cargo command for a target with the standard library built from source: for every crate of the workspace but this
+/// one, so that a new one is checked from its first day.
+fn cross(command: &str, target: &str, more: &[&str]) -> Result<()> {
     let underscored = target.replace('-', "_");
-    let sdk = root().join("target/apple-sdk");
-    fs::create_dir_all(&sdk).map_err(|e| format!("{}: {e}", sdk.display()))?;
+    let sdk = sdk::write(&root().join("target/apple-sdk"))?;
     // By full path: another cargo may come first, and the sources fit this compiler only.
     // Clippy, too, looks for its cargo and its compiler on the path.
     let program = if command == "clippy" {
@@ -213,20 +203,22 @@ fn cross(command: &str, target: &str, packages: &[&str], more: &[&str]) -> Resul
         .current_dir(root())
         .env("CARGO", "/usr/bin/cargo")
         .env("PATH", "/usr/bin:/bin")
-        .args([command, "-Zbuild-std=std", "--target", target]);
-    for package in packages {
-        cargo.args(["--package", package]);
-    }
-    cargo.args(more);
+        .args([command, "-Zbuild-std=std", "--target", target])
+        .args(["--workspace", "--exclude", "xtask", "--locked"])
+        .args(UNOPTIMISED.iter().flat_map(|setting| ["--config", setting]))
+        .args(more);
     cargo
         .env("RUSTC", "/usr/bin/rustc")
         .env("RUSTC_BOOTSTRAP", "1")
         .env_remove("RUSTC_WRAPPER");
     cargo.env("CARGO_TARGET_DIR", root().join("target/apple"));
-    if command != "clippy" {
-        cargo.env("RUSTFLAGS", "-D warnings");
-    }
-    // The C file of objc2 has no headers, so an empty SDK does; without the variable a Mac's tool is asked for one.
+    // One set of flags, so that the commands share what they compile; apart by a character that paths have not.
+    let deny = ["-D", "warnings"].map(String::from);
+    let flags = [&deny[..], &sdk::link_flags(&sdk)].concat();
+    cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
+    let linker = format!("CARGO_TARGET_{}_LINKER", underscored.to_uppercase());
+    cargo.env(linker, "clang");
+    // The C file of objc2 has no headers, so an SDK without any does; without the variable a Mac's tool is asked for one.
     cargo
         .env("SDKROOT", sdk)
         .env(format!("CC_{underscored}"), "clang")
@@ -248,103 +240,6 @@ fn install(packages: &[&str]) -> Result<()> {
     run(Command::new("apt-get")
         .args(["install", "--yes", "--no-install-recommends"])
         .args(packages))
-}
-
-/// Copies of two crates of the bindings, changed so that they compile and link off Apple systems. Each edit must change
-/// something: when a new version makes one pointless or impossible, that is said here and not by a linker.
-fn patch_bindings() -> Result<()> {
-    let target = root().join("target/apple-fake-patched");
-    let core_ml = copy_of("objc2-core-ml", &target)?;
-    edit(
-        &core_ml.join("src/generated/mod.rs"),
-        "#[link(name = \"CoreML\", kind = \"framework\")]",
-        "#[cfg_attr(target_vendor = \"apple\", link(name = \"CoreML\", kind = \"framework\"))]",
-    )?;
-    let objc2 = copy_of("objc2", &target)?;
-    let manifest = objc2.join("Cargo.toml");
-    // GCC's runtime has no symbols for classes that the linker could find.
-    edit(
-        &manifest,
-        "gnustep-1-7 = [\n    \"unstable-static-class\",",
-        "gnustep-1-7 = [",
-    )?;
-    // The helper's C file is compiled for GCC's runtime instead.
-    edit(&manifest, "    \"objc2-exception-helper?/gnustep-1-7\",\n", "")
-}
-
-fn edit(file: &Path, from: &str, to: &str) -> Result<()> {
-    let name = file.display();
-    let text = fs::read_to_string(file).map_err(|e| format!("{name}: {e}"))?;
-    if text.contains(from) {
-        return fs::write(file, text.replace(from, to)).map_err(|e| format!("{name}: {e}"));
-    }
-    if text.contains(to) && !to.is_empty() {
-        return Ok(());
-    }
-    Err(format!("{name}: the text to change is not there: {from:?}"))
-}
-
-/// A fresh copy of a crate of the lock file, out of cargo's sources.
-fn copy_of(package: &str, target: &Path) -> Result<PathBuf> {
-    let from = source_of(package)?;
-    let to = target.join(package);
-    if to.exists() {
-        fs::remove_dir_all(&to).map_err(|e| format!("{}: {e}", to.display()))?;
-    }
-    copy_folder(&from, &to)?;
-    Ok(to)
-}
-
-/// Where cargo keeps the sources of a package at the version of the workspace's lock file.
-fn source_of(package: &str) -> Result<PathBuf> {
-    let mut cargo = Command::new(env!("CARGO"));
-    let fetched = cargo
-        .current_dir(root())
-        .args(["fetch", "--locked"])
-        .output()
-        .map_err(|e| e.to_string())?;
-    if !fetched.status.success() {
-        return Err(format!(
-            "cargo fetch: {}",
-            String::from_utf8_lossy(&fetched.stderr)
-        ));
-    }
-    let lock = root().join("Cargo.lock");
-    let lock = fs::read_to_string(&lock).map_err(|e| format!("{}: {e}", lock.display()))?;
-    let entry = format!("name = \"{package}\"\nversion = \"");
-    let version = lock
-        .split_once(&entry)
-        .and_then(|(_, rest)| rest.split('"').next());
-    let version = version.ok_or_else(|| format!("{package} is not in Cargo.lock"))?;
-    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
-    let home = home.or_else(|| std::env::var_os("HOME").map(|h| Path::new(&h).join(".cargo")));
-    let registry = home
-        .ok_or("neither CARGO_HOME nor HOME is set")?
-        .join("registry/src");
-    let indexes = fs::read_dir(&registry).map_err(|e| format!("{}: {e}", registry.display()))?;
-    let folders = indexes
-        .flatten()
-        .map(|index| index.path().join(format!("{package}-{version}")));
-    let found = folders.into_iter().find(|f| f.is_dir());
-    found.ok_or_else(|| format!("{package} {version} is not among {}", registry.display()))
-}
-
-fn copy_folder(from: &Path, to: &Path) -> Result<()> {
-    let said = |path: &Path| {
-        let path = path.display().to_string();
-        move |e: std::io::Error| format!("{path}: {e}")
-    };
-    fs::create_dir_all(to).map_err(said(to))?;
-    for entry in fs::read_dir(from).map_err(said(from))? {
-        let entry = entry.map_err(said(from))?;
-        let (path, target) = (entry.path(), to.join(entry.file_name()));
-        if path.is_dir() {
-            copy_folder(&path, &target)?;
-        } else {
-            fs::copy(&path, &target).map_err(said(&path))?;
-        }
-    }
-    Ok(())
 }
 
 fn timed(what: &str, body: impl FnOnce() -> Result<()>) -> Result<()> {

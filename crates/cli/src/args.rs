@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use candle_coreml::{ComputeUnits, EngineKind, Numerics};
-use candle_coreml_llm::{LoadOptions, Sampling};
+use candle_coreml_llm::{ContextFull, LoadOptions, Pooling, Sampling, Shift};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed; 2 wrong use; 3 the model has operators the portable engine lacks \
@@ -13,6 +13,10 @@ const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed; 2 wrong use; 3 the model
 #[derive(Debug, Parser)]
 #[command(name = "candle-coreml", version, after_help = EXIT_CODES, propagate_version = true)]
 pub struct Cli {
+    /// Use the models that are on this machine, never the network (also HF_HUB_OFFLINE=1).
+    #[cfg(feature = "hub")]
+    #[arg(long, global = true)]
+    pub offline: bool,
     #[command(subcommand)]
     pub command: Command,
 }
@@ -51,6 +55,20 @@ pub enum Command {
     Chat(ChatArgs),
     /// Measure prefill and decode; without BUNDLE those of the demo model inside this program.
     Bench(BenchArgs),
+    /// Give texts their vectors with an encoder: printed, saved, or compared.
+    Embed(EmbedArgs),
+    #[cfg(feature = "hub")]
+    /// Get the files of a model from the hub, once; they are kept where other programs of the hub keep theirs.
+    Pull(PullArgs),
+    #[cfg(feature = "hub")]
+    /// Show the models of the hub that are on this machine.
+    List(ListArgs),
+    #[cfg(feature = "hub")]
+    /// Remove a model of the hub from this machine.
+    Rm(RmArgs),
+    /// Measure what a model knows: the perplexity of a text, or right answers to multiple-choice questions.
+    #[command(subcommand)]
+    Eval(EvalCommand),
     /// Make Core ML packages of a language model or an encoder: a Hugging Face folder or a GGUF file.
     Convert(crate::convert::args::ConvertArgs),
     /// Make the weights of a package, or of all packages in a folder, smaller.
@@ -173,6 +191,19 @@ pub struct GenerateArgs {
     /// Where the random numbers start: the same seed gives the same text.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
+    /// The text is JSON that this schema accepts: a file, or the schema itself where it begins with `{`. A text that was cut short
+    /// before it was whole is exit code 1.
+    #[arg(long, value_name = "SCHEMA", conflicts_with = "regex")]
+    pub json_schema: Option<String>,
+    /// The whole text matches this regular expression.
+    #[arg(long, value_name = "PATTERN")]
+    pub regex: Option<String>,
+    /// Let the model think first, or not, where its chat template has a switch for it.
+    #[arg(long, value_enum, value_name = "SWITCH", conflicts_with = "raw")]
+    pub think: Option<Switch>,
+    /// What happens when the model's context is full: end, or drop the oldest tokens and go on.
+    #[arg(long, value_enum, default_value = "stop")]
+    pub context: ContextArg,
     /// Print one JSON object instead of the text.
     #[arg(long)]
     pub json: bool,
@@ -198,6 +229,15 @@ pub struct ChatArgs {
     /// Where the random numbers start; without it they differ every time.
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
+    /// Let the model think first, or not, where its chat template has a switch for it.
+    #[arg(long, value_enum, value_name = "SWITCH")]
+    pub think: Option<Switch>,
+    /// What happens when the model's context is full: end, or drop the oldest turns and go on.
+    #[arg(long, value_enum, default_value = "shift")]
+    pub context: ContextArg,
+    /// Do not keep what is typed for the next time.
+    #[arg(long)]
+    pub no_history: bool,
     #[command(flatten)]
     pub engine: EngineArgs,
 }
@@ -252,6 +292,164 @@ pub enum BenchOutput {
     Md,
     Csv,
     Json,
+}
+
+/// What `eval` measures.
+#[derive(Debug, Subcommand)]
+pub enum EvalCommand {
+    /// The perplexity of a text, in overlapping windows: every token is scored once. Without BUNDLE with the demo model.
+    Perplexity(PerplexityArgs),
+    /// Multiple choice by summed log probabilities. FILE has one JSON object a line: {"prompt": "...", "choices": ["...", ...],
+    /// "answer": 0}, or with the names ctx/endings/label or query/choices/gold.
+    Choices(ChoicesArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct PerplexityArgs {
+    /// A text file.
+    pub file: PathBuf,
+    /// A language-model folder.
+    pub bundle: Option<PathBuf>,
+    /// Tokens of a window; without it the model's context.
+    #[arg(long, value_name = "N")]
+    pub window: Option<usize>,
+    /// Tokens from one window's start to the next one's; without it half a window.
+    #[arg(long, value_name = "N")]
+    pub stride: Option<usize>,
+    /// Score this many tokens at most.
+    #[arg(long, value_name = "N")]
+    pub limit: Option<usize>,
+    /// Compare with this model, for instance the original of a compressed one: ratio of perplexities, KL divergence, same best token.
+    #[arg(long, value_name = "BUNDLE")]
+    pub compare: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct ChoicesArgs {
+    /// Questions, one JSON object a line.
+    pub file: PathBuf,
+    /// A language-model folder.
+    pub bundle: Option<PathBuf>,
+    /// Ask this many questions at most.
+    #[arg(long, value_name = "N")]
+    pub limit: Option<usize>,
+    /// Ask this model too.
+    #[arg(long, value_name = "BUNDLE")]
+    pub compare: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
+pub enum Switch {
+    On,
+    Off,
+}
+
+impl Switch {
+    pub fn is_on(self) -> bool {
+        self == Switch::On
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
+pub enum ContextArg {
+    Stop,
+    Shift,
+}
+
+impl From<ContextArg> for ContextFull {
+    fn from(arg: ContextArg) -> Self {
+        match arg {
+            ContextArg::Stop => ContextFull::Stop,
+            ContextArg::Shift => ContextFull::Shift(Shift::default()),
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct EmbedArgs {
+    /// A folder with an encoder's package and tokenizer, the package itself, or ORG/NAME[@REVISION] of the hub.
+    pub model: PathBuf,
+    /// A text. May be given several times.
+    #[arg(long, value_name = "TEXT")]
+    pub text: Vec<String>,
+    /// A file with one text a line; `-` is standard input.
+    #[arg(long, short = 'f', value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// How vectors of tokens become one: mean, cls, last, max, mean-sqrt-length, weighted-mean or pooler; without it as
+    /// the model's files say.
+    #[arg(long, value_name = "HOW")]
+    pub pooling: Option<Pooling>,
+    /// Whether vectors are scaled to length 1; without it as the model's files say.
+    #[arg(long, value_name = "BOOL")]
+    pub normalize: Option<bool>,
+    /// Tokens of a text that are read.
+    #[arg(long, value_name = "N")]
+    pub max_tokens: Option<usize>,
+    /// Keep the first N numbers of each vector, for models trained for that.
+    #[arg(long, value_name = "N")]
+    pub dimensions: Option<usize>,
+    /// What the model wants before texts of a kind, by the kind's name (query, passage).
+    #[arg(long, value_name = "KIND")]
+    pub prompt: Option<String>,
+    /// The package's output to use.
+    #[arg(long, value_name = "NAME")]
+    pub output_name: Option<String>,
+    /// Save the vectors to a .npy file, [texts, width].
+    #[arg(long, short = 'o', value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Print the cosine similarity of every text with every other.
+    #[arg(long)]
+    pub similarity: bool,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+}
+
+#[cfg(feature = "hub")]
+#[derive(Debug, Args)]
+pub struct PullArgs {
+    /// ORG/NAME, with @REVISION for a branch, tag or commit.
+    pub model: String,
+    /// Of several bundles in one repository, the one in this folder.
+    #[arg(long, value_name = "FOLDER")]
+    pub folder: Option<String>,
+    /// Fetch weights for `convert` instead of Core ML packages.
+    #[arg(long)]
+    pub checkpoint: bool,
+    /// Show what would be fetched.
+    #[arg(long, short = 'n')]
+    pub dry_run: bool,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[cfg(feature = "hub")]
+#[derive(Debug, Args)]
+pub struct ListArgs {
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[cfg(feature = "hub")]
+#[derive(Debug, Args)]
+pub struct RmArgs {
+    /// ORG/NAME for all of it, with @REVISION for one revision.
+    #[arg(required = true)]
+    pub models: Vec<String>,
 }
 
 #[derive(Debug, Args)]
@@ -392,6 +590,21 @@ mod tests {
         Cli::command().debug_assert();
     }
 
+    #[cfg(feature = "hub")]
+    #[test]
+    fn documented_calls_of_the_hub_parse() {
+        for line in [
+            "pull org/name@main --folder lut6 --dry-run",
+            "pull org/name --checkpoint --json",
+            "list --json",
+            "rm org/name other/name@v1",
+            "generate org/name --prompt hi --offline",
+        ] {
+            let words = std::iter::once("candle-coreml").chain(line.split(' '));
+            assert!(Cli::try_parse_from(words).is_ok(), "{line}");
+        }
+    }
+
     #[test]
     fn documented_calls_parse() {
         for line in [
@@ -407,8 +620,14 @@ mod tests {
             "generate --prompt hi",
             "generate dir --prompt - --raw --max-tokens 3 --temperature 1 --top-k 4 --top-p 0.9 --min-p 0.1 --seed 7 --json",
             "chat",
-            "chat dir --seed 3",
+            "chat dir --seed 3 --context stop --think off --no-history",
+            "generate -p hi --json-schema {} --context shift --think on",
+            "generate -p hi --regex yes|no --raw",
+            "eval perplexity story.txt dir --window 256 --stride 64 --limit 9 --compare other --json",
+            "eval choices questions.jsonl --compare other --json",
             "bench -p 64,256 -n 64 -r 5 --json -t 2",
+            "embed minilm --text hi --text you --similarity --normalize false --pooling cls",
+            "embed org/name@v1 --file texts.txt -o vectors.npy --prompt query --dimensions 64",
             "convert hf-folder out --context 1024 --chunks 2 --palettize 4 --group 8 --head int8 --mix 0,29=int8",
             "convert model.gguf --dry-run --layout stateful",
             "convert hf-folder out --check --text story.txt",

@@ -1,10 +1,12 @@
 //! `bench`: tokens a second of prefill and decode, in llama-bench's form.
 
 use std::io::Write;
+use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::time::Instant;
 
 use candle_coreml::EngineKind;
-use candle_coreml_llm::{Bundle, LanguageModel, Prediction};
+use candle_coreml_llm::{Bundle, GenerateOptions, LanguageModel, Prediction, Session};
 use candle_coreml_mil as mil;
 use serde::Serialize;
 
@@ -28,6 +30,9 @@ struct Row {
     stddev_ts: f64,
     samples_ns: Vec<u64>,
     samples_ts: Vec<f64>,
+    /// Microseconds a generated token outside the packages' own predictions; rows of decode have it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    overhead_us: Option<f64>,
 }
 
 /// What is measured: a prompt of so many tokens, or so many tokens one by one, after `depth` tokens of context.
@@ -97,6 +102,12 @@ pub fn run(args: &BenchArgs) -> Outcome {
         rows.push(row(&bundle, args, test, samples)?);
     }
     bar.finish_and_clear();
+    if rows.iter().any(|row| row.n_gen > 0) {
+        let overhead = overhead(&bundle, model)?;
+        for row in rows.iter_mut().filter(|row| row.n_gen > 0) {
+            row.overhead_us = Some(overhead);
+        }
+    }
     let output = if args.json { BenchOutput::Json } else { args.output };
     print(&rows, output)
 }
@@ -138,6 +149,30 @@ fn measure(model: &mut dyn LanguageModel, test: Test) -> Result<Option<u64>, Fai
     Ok(Some(
         u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX),
     ))
+}
+
+/// Microseconds a token that the loop of a conversation takes outside the packages' own predictions: inputs and outputs, choice, text. The
+/// least of some runs, because whatever else the machine does only adds to it.
+fn overhead(bundle: &Bundle, model: Box<dyn LanguageModel>) -> Result<f64, Failure> {
+    const RUNS: usize = 4;
+    const TOKENS: usize = 64;
+    let prompt = some_tokens(1, model.vocabulary());
+    let options = GenerateOptions {
+        max_tokens: TOKENS.min(model.context_tokens()),
+        ignore_end: true,
+        ..GenerateOptions::default()
+    };
+    let mut session = Session::new(
+        model,
+        Arc::clone(bundle.tokenizer()),
+        Arc::clone(bundle.end_tokens()),
+    );
+    let mut least = f64::INFINITY;
+    for _ in 0..RUNS {
+        let done = session.generate_with(&prompt, &options, |_| ControlFlow::Continue(()))?;
+        least = least.min(done.timings.overhead_us_per_token());
+    }
+    Ok(least)
 }
 
 /// Tokens spread over the vocabulary, the same every time.
@@ -182,6 +217,7 @@ fn row(bundle: &Bundle, args: &BenchArgs, test: Test, samples_ns: Vec<u64>) -> R
         stddev_ts,
         samples_ns,
         samples_ts,
+        overhead_us: None,
     })
 }
 
@@ -195,13 +231,8 @@ fn engine_name(engine: EngineKind) -> String {
 
 /// Bytes of the weights of all packages.
 fn size(bundle: &Bundle) -> Result<u64, Failure> {
-    let parts = bundle.parts();
-    let files = [&parts.embeddings]
-        .into_iter()
-        .chain(&parts.chunks)
-        .chain([&parts.head]);
     let mut total = 0;
-    for file in files {
+    for file in bundle.layout().packages() {
         let model = match (bundle.files().path(), bundle.files().below(file)) {
             (Some(path), _) => mil::Model::open(path.join(file))?,
             (None, inside) => {
@@ -238,14 +269,15 @@ fn print(rows: &[Row], output: BenchOutput) -> Outcome {
         BenchOutput::Csv => {
             writeln!(
                 out,
-                "model,model_size_bytes,engine,threads,n_prompt,n_gen,n_depth,avg_ts,stddev_ts"
+                "model,model_size_bytes,engine,threads,n_prompt,n_gen,n_depth,avg_ts,stddev_ts,overhead_us"
             )?;
             for row in rows {
                 // A name is a folder's: it may hold commas and quotes.
                 let name = row.model.replace('"', "\"\"");
+                let overhead = row.overhead_us.map(|us| format!("{us:.1}")).unwrap_or_default();
                 writeln!(
                     out,
-                    "\"{name}\",{},{},{},{},{},{},{:.3},{:.3}",
+                    "\"{name}\",{},{},{},{},{},{},{:.3},{:.3},{overhead}",
                     row.model_size_bytes,
                     row.engine,
                     row.threads,
@@ -291,6 +323,12 @@ fn print(rows: &[Row], output: BenchOutput) -> Outcome {
             row.engine,
             row.threads,
             test.name()
+        )?;
+    }
+    if let Some(overhead) = rows.iter().find_map(|row| row.overhead_us) {
+        writeln!(
+            out,
+            "\nengine: {overhead:.1} µs a token outside the model's own predictions"
         )?;
     }
     Ok(DONE)

@@ -11,13 +11,14 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use candle_coreml_convert::{
-    EncoderConfig, EncoderOptions, LanguageModelOptions, Plan, Progress, convert_encoder,
+    EncoderConfig, EncoderOptions, LanguageModelOptions, PartialFolder, Plan, Progress, convert_encoder,
     convert_language_model, model_type, plan_language_model, read_config,
 };
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use crate::failure::{DONE, Failure, Outcome};
+use crate::interrupt;
 use crate::terminal::{self, FAINT, STRONG, styled};
 use args::ConvertArgs;
 
@@ -34,6 +35,7 @@ pub fn run(args: &ConvertArgs) -> Outcome {
     let Some(out) = args.out.as_deref().filter(|_| !args.dry_run) else {
         return print_plan(args, &plan, &options);
     };
+    interrupt::remove_at_end(PartialFolder::place(out))?;
     let start = Instant::now();
     let bar = Bar::new("converting", plan.values);
     let done = convert_language_model(&args.model, out, &options, &mut |p| bar.show(p));
@@ -80,6 +82,7 @@ fn encoder(args: &ConvertArgs) -> Outcome {
         )?;
         return Ok(DONE);
     };
+    interrupt::remove_at_end(PartialFolder::place(out))?;
     let start = Instant::now();
     let bar = Bar::new("converting", 0);
     let done = convert_encoder(&args.model, out, &options, &mut |p| bar.show(p));

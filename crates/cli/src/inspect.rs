@@ -1,9 +1,10 @@
 //! `inspect`: what a model's files say, without running them.
 
+mod bundle;
+
 use std::io::Write;
 use std::path::Path;
 
-use candle_coreml_llm::Bundle;
 use candle_coreml_mil::{
     self as mil, ArrayDescription, Feature, FeatureType, Flexibility, FunctionDescription,
 };
@@ -14,10 +15,10 @@ use crate::model_facts;
 use crate::terminal::{self, FAINT, STRONG, styled};
 
 pub fn run(path: &Path, json: bool) -> Outcome {
-    let facts = match is_bundle(path) {
-        true => bundle_facts(&Bundle::open(path)?)?,
-        false => one_model(path)?,
-    };
+    if is_bundle(path) {
+        return bundle::run(path, json);
+    }
+    let facts = one_model(path)?;
     let mut out = terminal::out();
     if json {
         writeln!(out, "{}", serde_json::to_string_pretty(&facts)?)?;
@@ -27,32 +28,11 @@ pub fn run(path: &Path, json: bool) -> Outcome {
     Ok(DONE)
 }
 
-/// A folder that is no model of its own.
+/// A folder that is no model of its own, or a JSON file that describes one.
 fn is_bundle(path: &Path) -> bool {
     let model = ["Manifest.json", "model.mil", "coremldata.bin"];
-    path.is_dir() && !model.iter().any(|file| path.join(file).exists())
-}
-
-fn bundle_facts(bundle: &Bundle) -> Result<Value, Failure> {
-    let parts = bundle.parts();
-    let folder = bundle.files().path().unwrap_or(Path::new("")).to_owned();
-    let open = |file: &String| -> Result<Value, Failure> {
-        let facts = one_model(&folder.join(file))?;
-        Ok(json!({ "file": file, "functions": facts["functions"], "weights": facts["weights"] }))
-    };
-    let tokenizer = bundle.tokenizer();
-    Ok(json!({
-        "language_model": bundle.name(),
-        "architecture": bundle.meta().architecture(),
-        "context_tokens": bundle.context_tokens(),
-        "vocabulary": tokenizer.vocabulary(),
-        "end_tokens": bundle.end_tokens().iter().map(|&id| tokenizer.decode(&[id], true)).collect::<Result<Vec<_>, _>>()?,
-        "chat_template": bundle.template().is_ok(),
-        "batched_prefill": bundle.batched_prefill(),
-        "embeddings": open(&parts.embeddings)?,
-        "chunks": parts.chunks.iter().map(open).collect::<Result<Vec<_>, _>>()?,
-        "language_head": open(&parts.head)?,
-    }))
+    let folder = path.is_dir() && !model.iter().any(|file| path.join(file).exists());
+    folder || path.extension().is_some_and(|ending| ending == "json")
 }
 
 fn one_model(path: &Path) -> Result<Value, Failure> {

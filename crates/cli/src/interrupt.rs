@@ -1,5 +1,6 @@
-//! Ctrl-C: the first asks work to stop, a second ends the program.
+//! Ctrl-C: the first asks work to stop, a second ends the program, unless that is a conversation.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::failure::{Failure, INTERRUPTED};
@@ -13,6 +14,22 @@ pub fn install() -> Result<(), Failure> {
             std::process::exit(i32::from(INTERRUPTED));
         }
     })?;
+    Ok(())
+}
+
+/// At Ctrl-C the folder of unfinished work is removed and the program ends.
+pub fn remove_at_end(unfinished: PathBuf) -> Result<(), Failure> {
+    ctrlc::set_handler(move || {
+        // The work goes on meanwhile and may add a file: what is left has a name that says what it is.
+        let _ = std::fs::remove_dir_all(&unfinished);
+        std::process::exit(i32::from(INTERRUPTED));
+    })?;
+    Ok(())
+}
+
+/// As [`install`], for a program that goes on after an answer was stopped: no Ctrl-C ends it.
+pub fn install_for_answers() -> Result<(), Failure> {
+    ctrlc::set_handler(|| ASKED.store(true, Ordering::SeqCst))?;
     Ok(())
 }
 

@@ -5,9 +5,13 @@ mod bench;
 mod chat;
 mod convert;
 mod demo;
+mod embed;
+mod eval;
 mod explain;
 mod failure;
 mod generate;
+#[cfg(feature = "hub")]
+mod hub;
 mod inputs;
 mod inspect;
 mod interrupt;
@@ -28,7 +32,16 @@ use clap::Parser;
 use failure::Outcome;
 
 fn main() -> ExitCode {
-    let outcome = match Cli::parse().command {
+    #[allow(
+        unused_mut,
+        reason = "names of the hub become paths where the hub is compiled in"
+    )]
+    let mut cli = Cli::parse();
+    #[cfg(feature = "hub")]
+    if let Err(failure) = hub::resolve(&mut cli.command, cli.offline) {
+        return finish(Err(failure));
+    }
+    let outcome = match cli.command {
         Command::Inspect { model, json } => inspect::run(&model, json),
         Command::Ops { model, json } => ops::run(&model, json),
         Command::Predict(args) => predict::run(&args),
@@ -39,6 +52,14 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(&args),
         Command::Chat(args) => chat::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Embed(args) => embed::run(&args),
+        #[cfg(feature = "hub")]
+        Command::Pull(args) => hub::pull(&args, cli.offline),
+        #[cfg(feature = "hub")]
+        Command::List(args) => hub::list(&args),
+        #[cfg(feature = "hub")]
+        Command::Rm(args) => hub::rm(&args),
+        Command::Eval(command) => eval::run(&command),
         Command::Convert(args) => convert::run(&args),
         Command::Compress(args) => convert::compress::run(&args),
     };

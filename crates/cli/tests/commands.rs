@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 fn run(args: &[&str]) -> Output {
@@ -154,6 +154,67 @@ fn inspect_shows_models_and_bundles() {
 }
 
 #[test]
+fn inspect_shows_the_wiring_of_every_layout() {
+    let bundles = Path::new(env!("CARGO_MANIFEST_DIR")).join("../llm/testdata/bundles");
+    for (bundle, layout, expected) in [
+        (
+            "chunks",
+            "anemll",
+            "hidden_states fp16 [1, 8, 16] <- hidden states of tiny_FFN_PF_chunk_01of02.mlpackage",
+        ),
+        (
+            "one-by-one",
+            "anemll",
+            "prefill token by token: meta.yaml (version 0.3.5) sets neither",
+        ),
+        (
+            "rotate",
+            "anemll",
+            "decode past the window tiny_FFN_PF_chunk_01of01.mlpackage, function infer_rotate, state 0",
+        ),
+        (
+            "monolith",
+            "anemll-monolithic",
+            "logits4 fp16 [1, 1, 20] -> logits, part 4 of 4",
+        ),
+        (
+            "config-split",
+            "model-config",
+            "prefill ffn_prefill.mlpackage, function main, state 0",
+        ),
+        (
+            "config-split/config-split.json",
+            "model-config",
+            "last_row fp16 [1, 1, 16] <- hidden states of",
+        ),
+        (
+            "stateful",
+            "stateful-package",
+            "state 0 made by StatefulTiny.mlpackage",
+        ),
+        (
+            "stateless",
+            "stateless-package",
+            "prefill none: the package keeps nothing",
+        ),
+    ] {
+        let path = bundles.join(bundle);
+        let text = stdout(&run(&["inspect", path.to_str().unwrap()]));
+        assert!(text.contains(expected), "{bundle}: {expected} in {text}");
+        let json = stdout(&run(&["inspect", path.to_str().unwrap(), "--json"]));
+        let facts: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(facts["layout"], layout, "{bundle}");
+        assert!(
+            !facts["calls"][0]["inputs"][0]["flow"]
+                .as_str()
+                .unwrap()
+                .is_empty(),
+            "{bundle}"
+        );
+    }
+}
+
+#[test]
 fn ops_counts_and_finds_nothing_missing_in_the_demo_model() {
     let part = demo().join("qwen_FFN_PF_lut6_chunk_01of01.mlpackage");
     let text = stdout(&run(&["ops", part.to_str().unwrap()]));
@@ -208,7 +269,8 @@ fn bench_prints_a_table_and_json() {
         table.starts_with("| model")
             && table.contains("pp8")
             && table.contains("tg2")
-            && table.contains(" ± "),
+            && table.contains(" ± ")
+            && table.contains("µs a token outside"),
         "{table}"
     );
     let json = stdout(&run(&["bench", "-p", "8", "-n", "0", "-r", "2", "--json"]));
@@ -421,4 +483,234 @@ fn plan_says_what_there_is_in_its_place_off_apple_systems() {
             && words.contains("candle-coreml explain"),
         "{words}"
     );
+}
+
+#[test]
+fn a_schema_makes_json_of_every_text() {
+    let schema = r#"{"type": "object", "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 1, "maximum": 99},
+        "kind": {"enum": ["mouse", "fox"]}}, "required": ["name", "age", "kind"], "additionalProperties": false}"#;
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("schema.json");
+    std::fs::write(&file, schema).unwrap();
+    for (schema, temperature, seed) in [
+        (schema, "0", "0"),
+        (file.to_str().unwrap(), "1", "1"),
+        (schema, "3", "2"),
+    ] {
+        let output = run(&[
+            "generate",
+            "-p",
+            PROMPT,
+            "--json-schema",
+            schema,
+            "--temperature",
+            temperature,
+            "--seed",
+            seed,
+        ]);
+        let text = stdout(&output);
+        let object: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert!(object["name"].as_str().unwrap().chars().count() <= 12, "{text}");
+        assert!((1..100).contains(&object["age"].as_u64().unwrap()), "{text}");
+        assert!(
+            ["mouse", "fox"].contains(&object["kind"].as_str().unwrap()),
+            "{text}"
+        );
+        assert_eq!(object.as_object().unwrap().len(), 3, "{text}");
+    }
+    let cut = run(&[
+        "generate",
+        "-p",
+        PROMPT,
+        "--json-schema",
+        schema,
+        "-n",
+        "3",
+        "--json",
+    ]);
+    assert_eq!(cut.status.code(), Some(1));
+    let object: serde_json::Value = serde_json::from_slice(&cut.stdout).unwrap();
+    assert_eq!(
+        (&object["fits_grammar"], &object["finish_reason"]),
+        (&false.into(), &"length".into())
+    );
+    let remarks = String::from_utf8_lossy(&cut.stderr);
+    assert!(
+        remarks.contains("the text is not whole: it was ended by length"),
+        "{remarks}"
+    );
+}
+
+#[test]
+fn a_regular_expression_is_what_the_whole_text_matches() {
+    let text = stdout(&run(&[
+        "generate",
+        "-p",
+        PROMPT,
+        "--regex",
+        "(yes|no), [0-9]{2}!",
+        "--temperature",
+        "2",
+    ]));
+    let text = text.trim_end();
+    let number = text.strip_prefix("yes, ").or_else(|| text.strip_prefix("no, "));
+    let digits = number.unwrap().strip_suffix('!').unwrap();
+    assert!(
+        digits.len() == 2 && digits.chars().all(|c| c.is_ascii_digit()),
+        "{text}"
+    );
+    for (args, words) in [
+        (&["--regex", "a("][..], "grammar: "),
+        (&["--json-schema", "{\"type\": 3}"], "grammar: "),
+        (&["--json-schema", "{"], "--json-schema: "),
+        (&["--json-schema", "/no/such"], "/no/such: "),
+        (&["--think", "on"], "no switch for thinking"),
+    ] {
+        let output = run(&[&["generate", "-p", "x"], args].concat());
+        let remarks = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            !output.status.success() && remarks.contains(words),
+            "{args:?}: {remarks}"
+        );
+    }
+}
+
+#[test]
+fn a_full_context_ends_a_text_or_loses_its_oldest_tokens() {
+    let long = format!("{PROMPT} ").repeat(40);
+    let long = long.trim();
+    let args = ["generate", "--raw", "-p", long, "-n", "300", "--json"];
+    let stopped: serde_json::Value = serde_json::from_str(&stdout(&run(&args))).unwrap();
+    assert!(stopped.get("dropped_tokens").is_none());
+    let shifted = run(&[&args[..], &["--context", "shift"]].concat());
+    let remarks = String::from_utf8_lossy(&shifted.stderr).into_owned();
+    let object: serde_json::Value = serde_json::from_str(&stdout(&shifted)).unwrap();
+    if stopped["finish_reason"] == "context" {
+        assert!(object["dropped_tokens"].as_u64().unwrap() > 200, "{object}");
+        assert!(remarks.contains("the context is full: its oldest"), "{remarks}");
+    } else {
+        assert_eq!(object["tokens"], stopped["tokens"]);
+    }
+    let over = format!("{PROMPT} ").repeat(80);
+    let refused = run(&["generate", "--raw", "-p", &over, "-n", "1"]);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("the model's context holds 512"));
+    let taken = run(&[
+        "generate",
+        "--raw",
+        "-p",
+        &over,
+        "-n",
+        "1",
+        "--json",
+        "--context",
+        "shift",
+    ]);
+    let object: serde_json::Value = serde_json::from_str(&stdout(&taken)).unwrap();
+    assert!(object["dropped_tokens"].as_u64().unwrap() > 100, "{object}");
+}
+
+#[test]
+fn a_chat_is_saved_taken_up_tried_again_and_taken_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("talk");
+    let file = file.to_str().unwrap();
+    let args = ["chat", "-n", "6", "--temperature", "0"];
+    let first = run_with_input(&args, &format!("{PROMPT}\n/retry\n/save {file}\n/undo\n/undo\n"));
+    let text = stdout(&first);
+    assert_eq!(text.matches("Once upon a time, there").count(), 2, "{text}");
+    let remarks = String::from_utf8_lossy(&first.stderr);
+    for expected in [
+        "saved to",
+        "taken back: Tell me a story about a brave mouse.",
+        "nothing was said yet",
+    ] {
+        assert!(remarks.contains(expected), "{expected} in {remarks}");
+    }
+    let second = run_with_input(&args, &format!("/load {file}\n/think on\nand\\\nthen\n/stats\n"));
+    stdout(&second);
+    let remarks = String::from_utf8_lossy(&second.stderr);
+    for expected in [
+        "2 messages, ",
+        "assistant: Once upon a time, there",
+        "no switch for thinking",
+        "first token after",
+    ] {
+        assert!(remarks.contains(expected), "{expected} in {remarks}");
+    }
+    let known = remarks.split(" known").next().unwrap();
+    let known: usize = known.rsplit('(').next().unwrap().parse().unwrap();
+    assert!(known >= 25, "{remarks}");
+}
+
+#[test]
+fn a_chat_outlives_its_context() {
+    let lines = format!("{PROMPT}\n").repeat(6);
+    let output = run_with_input(
+        &["chat", "-n", "120", "--temperature", "0", "--system", "Be brief."],
+        &lines,
+    );
+    stdout(&output);
+    let remarks = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        remarks.contains("the model no longer sees") || remarks.contains("the context is full"),
+        "{remarks}"
+    );
+}
+
+#[test]
+fn perplexity_and_choices_know_the_model_from_noise() {
+    let folder = tempfile::tempdir().unwrap();
+    let story = folder.path().join("story.txt");
+    std::fs::write(
+        &story,
+        "Once upon a time, there was a brave mouse. She lived in a small house.",
+    )
+    .unwrap();
+    let noise = folder.path().join("noise.txt");
+    std::fs::write(
+        &noise,
+        "house in small brave She a lived. mouse a was there, time a upon Once.",
+    )
+    .unwrap();
+    let demo = demo();
+    let measure = |file: &Path, more: &[&str]| -> serde_json::Value {
+        let args = [&["eval", "perplexity", file.to_str().unwrap(), "--json"], more].concat();
+        serde_json::from_str(&stdout(&run(&args))).unwrap()
+    };
+    let (known, strange) = (measure(&story, &[]), measure(&noise, &[]));
+    assert!(known["perplexity"].as_f64().unwrap() * 10.0 < strange["perplexity"].as_f64().unwrap());
+    let same = measure(
+        &story,
+        &[demo.to_str().unwrap(), "--compare", demo.to_str().unwrap()],
+    );
+    assert_eq!(
+        (
+            same["mean_kl"].as_f64(),
+            same["ratio"].as_f64(),
+            same["same_best"].as_f64()
+        ),
+        (Some(0.0), Some(1.0), Some(1.0))
+    );
+    assert_eq!(measure(&story, &["--limit", "3"])["tokens"], 3);
+    let questions = folder.path().join("questions.jsonl");
+    std::fs::write(
+        &questions,
+        "{\"prompt\": \"Once upon a\", \"choices\": [\" time\", \" Once\"], \"answer\": 0}\n\
+         \n{\"ctx\": \"Once upon a time, there was\", \"endings\": [\" upon\", \" a\"], \"label\": 1}\n",
+    )
+    .unwrap();
+    let json = stdout(&run(&["eval", "choices", questions.to_str().unwrap(), "--json"]));
+    let object: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(
+        (&object["questions"], object["accuracy"].as_f64()),
+        (&2.into(), Some(1.0))
+    );
+    std::fs::write(
+        &questions,
+        "{\"prompt\": \"a\", \"choices\": [\"b\"], \"answer\": 1}\n",
+    )
+    .unwrap();
+    let output = run(&["eval", "choices", questions.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("line 1: the answer is 1"));
 }

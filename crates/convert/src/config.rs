@@ -125,6 +125,9 @@ pub struct DecoderConfig {
     pub end_tokens: Vec<u32>,
 }
 
+/// No decoder or encoder is wider than this.
+const WIDEST: usize = 1 << 20;
+
 /// The keys of a configuration, checked as they are read.
 pub(crate) struct Reader<'a> {
     pub(crate) file: &'a str,
@@ -165,6 +168,25 @@ impl Reader<'_> {
                 n.ok_or_else(|| self.wrong(key, "a positive number"))
             }
         }
+    }
+
+    /// Refuses sizes whose products would be too large to count with.
+    pub(crate) fn check_sizes(&self, layers: usize, hidden: usize, intermediate: usize) -> Result<()> {
+        const MOST_LAYERS: usize = 1 << 12;
+        for (what, size, most) in [
+            ("num_hidden_layers", layers, MOST_LAYERS),
+            ("hidden_size", hidden, WIDEST),
+            ("intermediate_size", intermediate, WIDEST),
+        ] {
+            if size > most {
+                return Err(self.too_large(what, size, most));
+            }
+        }
+        Ok(())
+    }
+
+    fn too_large(&self, what: &str, size: usize, most: usize) -> Error {
+        Error::malformed(self.file, format!("{what} is {size}; {most} at most is allowed"))
     }
 
     pub(crate) fn flag(&self, key: &str) -> bool {
@@ -224,6 +246,12 @@ impl DecoderConfig {
         let layers = config.size("num_hidden_layers")?;
         let head_dim = config.size_or("head_dim", (hidden % heads == 0).then_some(hidden / heads))?;
         let kv_heads = config.size_or("num_key_value_heads", Some(heads))?;
+        let intermediate = config.size("intermediate_size")?;
+        config.check_sizes(layers, hidden, intermediate)?;
+        let width = heads.saturating_mul(head_dim);
+        if width > WIDEST {
+            return Err(config.too_large("num_attention_heads times head_dim", width, WIDEST));
+        }
         if heads % kv_heads != 0 || head_dim % 2 != 0 {
             return Err(Error::malformed(
                 config.file,
@@ -242,7 +270,7 @@ impl DecoderConfig {
             heads,
             kv_heads,
             head_dim,
-            intermediate: config.size("intermediate_size")?,
+            intermediate,
             vocabulary: config.size("vocab_size")?,
             max_positions: config.size_or("max_position_embeddings", Some(2048))?,
             rope_theta: rope_theta(config, if gemma { 1e6 } else { 1e4 })?,

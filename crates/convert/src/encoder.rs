@@ -9,6 +9,7 @@ use crate::builder::{ProgramBuilder, Weight};
 use crate::compress::{Compression, Progress};
 use crate::config::Reader;
 use crate::error::{Error, Result};
+use crate::folder::PartialFolder;
 use crate::function::{Arg, FunctionBuilder, Var};
 use crate::layers::as_i32;
 use crate::literal;
@@ -67,13 +68,14 @@ pub struct EncoderOptions {
 }
 
 /// Files beside the package, copied as they are where they exist.
-const COPIED: [&str; 8] = [
+const COPIED: [&str; 9] = [
     "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "vocab.txt",
     "modules.json",
+    "1_Pooling/config.json",
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
 ];
@@ -161,6 +163,11 @@ impl EncoderConfig {
             }
         };
         let (hidden, heads) = (config.size("hidden_size")?, config.size("num_attention_heads")?);
+        let (layers, intermediate) = (
+            config.size("num_hidden_layers")?,
+            config.size("intermediate_size")?,
+        );
+        config.check_sizes(layers, hidden, intermediate)?;
         if hidden % heads != 0 {
             return Err(Error::malformed(
                 config.file,
@@ -170,15 +177,18 @@ impl EncoderConfig {
         // RoBERTa counts positions from behind the padding token.
         let first_position = match kind.as_str() {
             "bert" => 0,
-            _ => 1 + config.get("pad_token_id").and_then(Value::as_u64).unwrap_or(1) as usize,
+            _ => {
+                let padding = config.get("pad_token_id").and_then(Value::as_u64).unwrap_or(1);
+                usize::try_from(padding).unwrap_or(usize::MAX).saturating_add(1)
+            }
         };
         let table = config.size_or("max_position_embeddings", Some(512))?;
         let max_tokens = table.checked_sub(first_position).filter(|&n| n > 0);
         Ok(EncoderConfig {
             hidden,
-            layers: config.size("num_hidden_layers")?,
+            layers,
             heads,
-            intermediate: config.size("intermediate_size")?,
+            intermediate,
             vocabulary: config.size("vocab_size")?,
             max_tokens: max_tokens
                 .ok_or_else(|| config.wrong("max_position_embeddings", "more positions"))?,
@@ -218,7 +228,8 @@ pub fn convert_encoder(
     }
     let checkpoint = Checkpoint::open(from)?;
     let tensors = Tensors::new(&checkpoint)?;
-    std::fs::create_dir_all(to).map_err(Error::io(to))?;
+    let folder = PartialFolder::create(to)?;
+    let to = folder.path();
     let mut package = ProgramBuilder::create(to.join("model.mlpackage"))?;
     let total = config.layers as u64 + 1;
     let mut f = FunctionBuilder::new("main");
@@ -249,9 +260,14 @@ pub fn convert_encoder(
     for name in COPIED {
         let path = from.join(name);
         if path.exists() {
-            std::fs::copy(&path, to.join(name)).map_err(Error::io(&path))?;
+            let copy = to.join(name);
+            if let Some(folder) = copy.parent() {
+                std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+            }
+            std::fs::copy(&path, copy).map_err(Error::io(&path))?;
         }
     }
+    folder.finish()?;
     Ok(config)
 }
 

@@ -12,6 +12,12 @@ pub enum Error {
         /// The system's reason.
         source: std::io::Error,
     },
+    /// The folder to write is in use.
+    #[error("{path}: something is there already; a folder that does not exist yet or is empty is needed")]
+    Occupied {
+        /// The folder.
+        path: String,
+    },
     /// A Core ML file could not be read or written.
     #[error(transparent)]
     Mil(#[from] candle_coreml_mil::Error),

@@ -56,7 +56,20 @@ impl GgufFile {
         let file = File::open(path).map_err(Error::io(path))?;
         let mut reader = BufReader::new(file);
         let content = Content::read(&mut reader).map_err(|e| Error::malformed(&name, e.to_string()))?;
-        let file = SharedFile::new(name.clone(), reader.into_inner());
+        let file = reader.into_inner();
+        let length = file.metadata().map_err(Error::io(path))?.len();
+        for (tensor, info) in &content.tensor_infos {
+            if !fits(info, length.saturating_sub(content.tensor_data_offset)) {
+                return Err(Error::malformed(
+                    &name,
+                    format!(
+                        "tensor {tensor:?}: {:?} of shape {:?} at {} is not in the {length} bytes of the file",
+                        info.ggml_dtype, info.shape, info.offset
+                    ),
+                ));
+            }
+        }
+        let file = SharedFile::new(name.clone(), file);
         Ok(GgufFile { name, file, content })
     }
 
@@ -310,6 +323,20 @@ impl GgufFile {
     pub(crate) fn tokenizer_files(&self) -> Result<[(&'static str, String); 2]> {
         tokenizer::files(self)
     }
+}
+
+/// True when the tensor has values, whole blocks of them, and ends within `room` bytes.
+fn fits(info: &TensorInfo, room: u64) -> bool {
+    let values = info
+        .shape
+        .dims()
+        .iter()
+        .try_fold(1usize, |n, &d| n.checked_mul(d));
+    let blocks = values.filter(|n| n.is_multiple_of(info.ggml_dtype.block_size()));
+    let end = blocks
+        .and_then(|n| (n / info.ggml_dtype.block_size()).checked_mul(info.ggml_dtype.type_size()))
+        .and_then(|bytes| info.offset.checked_add(bytes as u64));
+    values.is_some_and(|n| n > 0) && end.is_some_and(|end| end <= room)
 }
 
 /// Row `(head, half, i)` of the original is row `(head, i, half)` of the file.

@@ -479,7 +479,7 @@ fn scalar(mut vector: candle_coreml_mil::Value) -> Arg {
 pub(crate) fn fixed(dim: Dim) -> Option<usize> {
     match dim {
         Dim::Fixed(n) => Some(n),
-        Dim::Unknown => None,
+        Dim::Unknown | Dim::Variadic => None,
     }
 }
 

@@ -9,6 +9,7 @@ pub mod compress;
 mod config;
 mod encoder;
 mod error;
+mod folder;
 mod function;
 mod gguf;
 mod layers;
@@ -24,6 +25,7 @@ pub use compress::{
 pub use config::{DecoderConfig, Family, RopeScaling};
 pub use encoder::{Activation, EncoderConfig, EncoderOptions, Pooling, convert_encoder, model_type};
 pub use error::{Error, Result};
+pub use folder::PartialFolder;
 pub use function::{Arg, FunctionBuilder, Var};
 pub use lm::{LanguageModelOptions, Layout, Plan, convert_language_model, plan_language_model, read_config};
 pub use reference::{LayerSensitivity, Reference, SensitivityReport};

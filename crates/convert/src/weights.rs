@@ -125,8 +125,8 @@ impl Checkpoint {
     pub fn parameters(&self) -> u64 {
         self.tensors
             .values()
-            .map(|t| t.shape.iter().map(|&d| d as u64).product::<u64>())
-            .sum()
+            .map(|t| t.shape.iter().fold(1u64, |n, &d| n.saturating_mul(d as u64)))
+            .fold(0, u64::saturating_add)
     }
 
     /// The tensor `name`, which has to have this shape, rounded to 16-bit floats.
@@ -143,7 +143,7 @@ impl Checkpoint {
     /// As [`Checkpoint::read`], and when the tensor has fewer rows.
     pub fn read_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Vec<f16>> {
         let place = &self.find(name, shape)?.place;
-        let first = rows.start * row_values(shape);
+        let first = rows.start.saturating_mul(row_values(shape));
         let values: Vec<f16> = match place {
             Place::File(Dtype::F16, file, offset) => {
                 let bytes = elements(name, file, *offset, shape, rows, 2)?;
@@ -241,9 +241,9 @@ impl Read for TensorStream<'_> {
     }
 }
 
-/// Values of one row: the product of all dimensions but the first.
+/// Values of one row: the product of all dimensions but the first. A tensor without values may have any dimensions.
 fn row_values(shape: &[usize]) -> usize {
-    shape.iter().skip(1).product()
+    shape.iter().skip(1).fold(1, |n, &d| n.saturating_mul(d))
 }
 
 /// The bytes of rows of a tensor that lies in a file from `offset` on.
@@ -261,9 +261,10 @@ fn elements(
             format!("no rows {rows:?} in shape {shape:?}"),
         ));
     }
-    // The header was checked against the length of the file, so no product here is too large.
-    let row = row_values(shape) * size;
-    file.read_at(offset + (rows.start * row) as u64, rows.len() * row)
+    // The header was checked against the length of the file, so products are too large for tensors without values only.
+    let row = row_values(shape).saturating_mul(size);
+    let start = offset.saturating_add(rows.start.saturating_mul(row) as u64);
+    file.read_at(start, rows.len().saturating_mul(row))
 }
 
 fn read_f32(name: &str, place: &Place, shape: &[usize], rows: Range<usize>) -> Result<Vec<f32>> {
@@ -295,11 +296,12 @@ fn shards(index: &[u8], name: &str) -> Result<Vec<String>> {
         serde_json::from_slice(index).map_err(|e| Error::malformed(name, e.to_string()))?;
     let map = json.get("weight_map").and_then(serde_json::Value::as_object);
     let map = map.ok_or_else(|| Error::malformed(name, "no object \"weight_map\""))?;
-    let mut files: Vec<String> = map
-        .values()
-        .filter_map(|v| v.as_str())
-        .map(str::to_owned)
-        .collect();
+    let file = |(tensor, file): (&String, &serde_json::Value)| {
+        let name_of_file = file.as_str().map(str::to_owned);
+        name_of_file
+            .ok_or_else(|| Error::malformed(name, format!("tensor {tensor:?} is in {file}, not in a file")))
+    };
+    let mut files = map.iter().map(file).collect::<Result<Vec<String>>>()?;
     files.sort_unstable();
     files.dedup();
     Ok(files)

@@ -122,7 +122,13 @@ pub enum Error {
         /// Size of the vocabulary.
         vocabulary: usize,
     },
-    /// A sampling option is out of range.
+    /// A text to embed has no tokens, and the model's tokenizer adds none.
+    #[error("text {index} has no tokens; at least one is needed")]
+    EmptyText {
+        /// Place among the texts, from 0.
+        index: usize,
+    },
+    /// An option is out of range.
     #[error("{option} is {value}, allowed: {allowed}")]
     Option {
         /// The option's name.
@@ -133,8 +139,14 @@ pub enum Error {
         allowed: &'static str,
     },
     /// Sampling was asked of a model that gives its best token and no logits.
-    #[error("this model chooses the best token itself and gives no logits; only temperature 0 is possible")]
+    #[error(
+        "this model chooses the best token itself and gives no logits; only temperature 0 is possible, without penalties, \
+         log probabilities or a grammar"
+    )]
     NoLogits,
+    /// A grammar could not be read, or is more than can be followed.
+    #[error("grammar: {0}")]
+    Grammar(String),
     /// Every logit of a step is NaN.
     #[error("all {vocabulary} logits at position {position} are NaN")]
     AllNan {

@@ -143,6 +143,8 @@ pub struct Sampler {
     candidates: Vec<Candidate>,
     /// Logits after penalties and bias.
     altered: Vec<f32>,
+    /// Logits of allowed tokens.
+    masked: Vec<f32>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -176,6 +178,7 @@ impl Sampler {
             random,
             candidates: Vec::new(),
             altered: Vec::new(),
+            masked: Vec::new(),
         })
     }
 
@@ -195,6 +198,28 @@ impl Sampler {
         }
         let chosen = self.choose(&altered);
         self.altered = altered;
+        chosen
+    }
+
+    /// As [`Sampler::choose_after`], among the tokens `allowed` alone; `None` when there is none of them or all of them are NaN.
+    pub fn choose_among(
+        &mut self,
+        logits: &[f32],
+        history: History<'_>,
+        allowed: impl IntoIterator<Item = u32>,
+    ) -> Option<u32> {
+        // NaN is never chosen, whatever penalties and bias do to it.
+        let mut masked = std::mem::take(&mut self.masked);
+        masked.clear();
+        masked.resize(logits.len(), f32::NAN);
+        for token in allowed {
+            let at = usize::try_from(token).unwrap_or(usize::MAX);
+            if let (Some(masked), Some(logit)) = (masked.get_mut(at), logits.get(at)) {
+                *masked = *logit;
+            }
+        }
+        let chosen = self.choose_after(&masked, history);
+        self.masked = masked;
         chosen
     }
 
@@ -361,6 +386,32 @@ mod tests {
                     "{logits:?}"
                 );
             }
+        }
+    }
+
+    #[test]
+    fn among_allowed_tokens_no_other_is_chosen() {
+        let logits = spread(500);
+        for options in [
+            Sampling::default(),
+            warm(),
+            Sampling {
+                top_k: 3,
+                logit_bias: vec![(7, 100.0), (9, LOW)],
+                presence_penalty: 2.0,
+                ..warm()
+            },
+            Sampling {
+                logit_bias: vec![(8, LOW), (9, LOW), (300, LOW)],
+                ..warm()
+            },
+        ] {
+            let mut sampler = Sampler::new(options.clone()).unwrap();
+            for _ in 0..50 {
+                let chosen = sampler.choose_among(&logits, History::new(&[1, 9], 1), [8, 9, 300, 1000]);
+                assert!(matches!(chosen, Some(8 | 9 | 300)), "{options:?}: {chosen:?}");
+            }
+            assert_eq!(sampler.choose_among(&logits, History::default(), []), None);
         }
     }
 

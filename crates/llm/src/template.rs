@@ -5,20 +5,25 @@ use std::collections::BTreeMap;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde, Value};
 use minijinja::{Environment, ErrorKind};
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::Error;
+use crate::answer::{AnswerFormat, Thinking};
+use crate::tools::{ToolCall, ToolFormat};
 
 const NAME: &str = "chat_template";
 /// Steps a template may take; the longest ones in use need some thousands for a long conversation.
 const FUEL: u64 = 50_000_000;
 
-/// One message of a conversation.
+/// One message of a conversation. It is read from JSON as OpenAI's interface has it: `content` may be missing or null, which is the
+/// empty text, or a list of text parts, which are joined.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Message {
-    /// Who speaks: `system`, `user`, `assistant`, or what the template knows besides.
+    /// Who speaks: `system`, `user`, `assistant`, `tool`, or what the template knows besides.
     pub role: String,
     /// What is said.
+    #[serde(default, deserialize_with = "text_of_content")]
     pub content: String,
     /// Further keys a template may look at, for instance `tool_calls`.
     #[serde(flatten)]
@@ -49,6 +54,103 @@ impl Message {
     pub fn system(content: impl Into<String>) -> Self {
         Message::new("system", content)
     }
+
+    /// What a tool gave to a call.
+    pub fn tool(call: &ToolCall, content: impl Into<String>) -> Self {
+        Message::new("tool", content)
+            .with("name", call.name.as_str())
+            .with("tool_call_id", call.id.as_str())
+    }
+
+    /// An answer of the model with its parts: thinking as `reasoning_content`, calls as `tool_calls`, where there are any.
+    pub fn answer(text: impl Into<String>, thinking: &str, calls: &[ToolCall]) -> Self {
+        let mut message = Message::assistant(text);
+        if !thinking.is_empty() {
+            message = message.with("reasoning_content", thinking);
+        }
+        if !calls.is_empty() {
+            let calls: Vec<_> = calls.iter().map(ToolCall::to_json).collect();
+            message = message.with("tool_calls", calls);
+        }
+        message
+    }
+
+    /// The message with a further key.
+    pub fn with(mut self, key: impl Into<String>, value: impl Into<serde_json::Value>) -> Self {
+        self.more.insert(key.into(), value.into());
+        self
+    }
+
+    /// The message with the arguments of its calls as objects, which templates expect and OpenAI's interface writes as strings.
+    fn with_arguments_as_objects(&self) -> Self {
+        let mut message = self.clone();
+        let calls = message
+            .more
+            .get_mut("tool_calls")
+            .and_then(|calls| calls.as_array_mut());
+        for call in calls.into_iter().flatten() {
+            let Some(arguments) = call.pointer_mut("/function/arguments") else {
+                continue;
+            };
+            let parsed = arguments
+                .as_str()
+                .and_then(|text| serde_json::from_str(text).ok());
+            if let Some(object @ serde_json::Value::Object(_)) = parsed {
+                *arguments = object;
+            }
+        }
+        message
+    }
+}
+
+fn text_of_content<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Content {
+        Text(String),
+        Parts(Vec<BTreeMap<String, serde_json::Value>>),
+    }
+    let content = match Option::<Content>::deserialize(deserializer)? {
+        None => return Ok(String::new()),
+        Some(Content::Text(text)) => return Ok(text),
+        Some(Content::Parts(parts)) => parts,
+    };
+    let mut text = String::new();
+    for part in &content {
+        let kind = part.get("type").and_then(|kind| kind.as_str());
+        let words = part.get("text").and_then(|text| text.as_str());
+        match (kind, words) {
+            (Some("text" | "input_text") | None, Some(words)) => text.push_str(words),
+            (kind, _) => {
+                let kind = kind.unwrap_or("none");
+                return Err(D::Error::custom(format!(
+                    "a content part of type {kind:?}; allowed: \"text\""
+                )));
+            }
+        }
+    }
+    Ok(text)
+}
+
+/// What a template is given besides the messages.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct TemplateOptions {
+    /// Tools the model may call, as JSON of OpenAI's form: `{"type": "function", "function": {…}}`.
+    pub tools: Vec<serde_json::Value>,
+    /// Whether the model is to think first, for templates with such a switch (`enable_thinking`, `thinking`); `None` leaves it to the
+    /// template.
+    pub enable_thinking: Option<bool>,
+    /// Further variables, by the names the template has for them.
+    pub variables: BTreeMap<String, serde_json::Value>,
+}
+
+/// A prompt, and what the answer to it will look like.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Prompt {
+    /// The text to encode, special tokens included.
+    pub text: String,
+    /// To be set as [`GenerateOptions::format`](crate::GenerateOptions::format).
+    pub format: AnswerFormat,
 }
 
 /// A compiled chat template.
@@ -65,6 +167,7 @@ impl Message {
 #[derive(Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    source: String,
 }
 
 impl ChatTemplate {
@@ -92,7 +195,70 @@ impl ChatTemplate {
         environment
             .add_template_owned(NAME, source.to_owned())
             .map_err(template_error)?;
-        Ok(ChatTemplate { environment })
+        Ok(ChatTemplate {
+            environment,
+            source: source.to_owned(),
+        })
+    }
+
+    /// The prompt for an answer to `messages`, and how the parts of that answer are marked.
+    ///
+    /// ```
+    /// use candle_coreml_llm::{ChatTemplate, Message, TemplateOptions};
+    ///
+    /// let source = "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}{% endfor %}\
+    ///               {% if add_generation_prompt %}<assistant><think>{% endif %}";
+    /// let template = ChatTemplate::parse(source, Default::default())?;
+    /// let prompt = template.prompt(&[Message::user("Why?")], &TemplateOptions::default())?;
+    /// assert!(prompt.format.thinking.is_some_and(|marks| marks.opened && marks.close == "</think>"));
+    /// # Ok::<(), candle_coreml_llm::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`]; [`Error::Template`] too for tools or a switch of thinking that the template has no place for.
+    pub fn prompt(&self, messages: &[Message], options: &TemplateOptions) -> Result<Prompt, Error> {
+        let text = self.render_options(messages, true, options)?;
+        let format = AnswerFormat {
+            thinking: Thinking::of(&self.source, &text),
+            tools: (!options.tools.is_empty()).then(|| ToolFormat::of_template(&self.source)),
+        };
+        Ok(Prompt { text, format })
+    }
+
+    /// As [`ChatTemplate::prompt`], without a place for the answer where `add_generation_prompt` is false.
+    pub(crate) fn render_options(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+        options: &TemplateOptions,
+    ) -> Result<String, Error> {
+        let mut variables = options.variables.clone();
+        if !options.tools.is_empty() {
+            if !self.knows("tools") {
+                return Err(Error::Template("it has no place for tools".to_owned()));
+            }
+            variables.insert("tools".to_owned(), options.tools.clone().into());
+        }
+        if let Some(think) = options.enable_thinking {
+            let switch = ["enable_thinking", "thinking"]
+                .into_iter()
+                .find(|name| self.knows(name));
+            let switch = switch.ok_or_else(|| Error::Template("it has no switch for thinking".to_owned()))?;
+            variables.insert(switch.to_owned(), think.into());
+        }
+        let messages: Vec<Message> = messages.iter().map(Message::with_arguments_as_objects).collect();
+        self.render_with(&messages, add_generation_prompt, &variables)
+    }
+
+    /// True when the template looks at a variable of this name: `tools`, `enable_thinking`.
+    pub fn knows(&self, variable: &str) -> bool {
+        let part_of_name = |c: char| c.is_alphanumeric() || c == '_';
+        self.source.match_indices(variable).any(|(at, _)| {
+            let before = self.source[..at].chars().next_back();
+            let after = self.source[at + variable.len()..].chars().next();
+            let attribute = before == Some('.') || before == Some('<') || before == Some('/');
+            !attribute && !before.is_some_and(part_of_name) && !after.is_some_and(part_of_name)
+        })
     }
 
     /// The text of `messages`; `add_generation_prompt` ends it where the model is to speak.
@@ -263,6 +429,94 @@ mod tests {
             let error = render(source, &[]).unwrap_err().to_string();
             assert!(error.contains(expected), "{source}: {error}");
         }
+    }
+
+    #[test]
+    fn messages_are_read_as_open_ai_writes_them() {
+        for (json, expected) in [
+            (r#"{"role": "user", "content": "a"}"#, Ok("a")),
+            (
+                r#"{"role": "assistant", "content": null, "tool_calls": []}"#,
+                Ok(""),
+            ),
+            (r#"{"role": "assistant"}"#, Ok("")),
+            (
+                r#"{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}"#,
+                Ok("ab"),
+            ),
+            (
+                r#"{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}"#,
+                Err("a content part of type \"image_url\"; allowed: \"text\""),
+            ),
+        ] {
+            let found: Result<Message, _> = serde_json::from_str(json);
+            match expected {
+                Ok(content) => assert_eq!(found.unwrap().content, content, "{json}"),
+                Err(words) => assert!(found.unwrap_err().to_string().contains(words), "{json}"),
+            }
+        }
+    }
+
+    #[test]
+    fn tools_and_switches_reach_templates_that_have_a_place_for_them() {
+        let tool = serde_json::json!({"type": "function", "function": {"name": "f"}});
+        let tools = TemplateOptions {
+            tools: vec![tool],
+            ..TemplateOptions::default()
+        };
+        let think = TemplateOptions {
+            enable_thinking: Some(false),
+            ..TemplateOptions::default()
+        };
+        let parse = |source: &str| ChatTemplate::parse(source, BTreeMap::new()).unwrap();
+        let with_tools = parse("{% for t in tools %}{{ t.function.name }}{% endfor %}<tool_call>");
+        let prompt = with_tools.prompt(&[], &tools).unwrap();
+        assert_eq!(
+            (prompt.text.as_str(), prompt.format.tools),
+            ("f<tool_call>", Some(ToolFormat::Tagged))
+        );
+        assert_eq!(
+            with_tools
+                .prompt(&[], &TemplateOptions::default())
+                .unwrap()
+                .format
+                .tools,
+            None
+        );
+        assert_eq!(
+            parse("{{ enable_thinking }}").prompt(&[], &think).unwrap().text,
+            "False"
+        );
+        assert_eq!(parse("{{ thinking }}").prompt(&[], &think).unwrap().text, "False");
+        for (source, options, expected) in [
+            ("{{ m.tools }} <tools> my_tools", &tools, "no place for tools"),
+            ("</thinking>", &think, "no switch for thinking"),
+        ] {
+            let error = parse(source).prompt(&[], options).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn arguments_written_as_strings_reach_the_template_as_objects() {
+        let template = ChatTemplate::parse(
+            "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments | tojson }}{{ c.function.arguments.x }}{% endfor %}\
+             {{ m.tool_call_id }}{% endfor %}",
+            BTreeMap::new(),
+        )
+        .unwrap();
+        let call = serde_json::json!([{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{\"x\": 3}"}}]);
+        let asked = Message::assistant("").with("tool_calls", call);
+        let read = ToolFormat::Tagged
+            .parse("{\"name\": \"f\", \"arguments\": {\"x\": 4}}", 0)
+            .unwrap();
+        let own = Message::answer("", "", &read);
+        let given = Message::tool(&read[0], "ok");
+        let text = template
+            .prompt(&[asked, own, given], &TemplateOptions::default())
+            .unwrap()
+            .text;
+        assert_eq!(text, format!("{{\"x\": 3}}3{{\"x\": 4}}4{}", read[0].id));
     }
 
     #[test]

@@ -1,6 +1,9 @@
 //! Text to token ids and back, the way back one token at a time.
 
+use std::sync::OnceLock;
+
 use crate::Error;
+use crate::grammar::Prepared;
 
 /// Tokens that may wait for the rest of a character. A character takes four bytes at most, so a longer wait means
 /// bytes that are no text, which are then shown as replacement characters.
@@ -12,6 +15,8 @@ const REPLACEMENT: char = '\u{FFFD}';
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     special: Vec<u32>,
+    /// The vocabulary for grammars, once one was used.
+    prepared: OnceLock<Prepared>,
 }
 
 impl Tokenizer {
@@ -35,7 +40,11 @@ impl Tokenizer {
             .map(|(&id, _)| id)
             .collect();
         special.sort_unstable();
-        Ok(Tokenizer { inner, special })
+        Ok(Tokenizer {
+            inner,
+            special,
+            prepared: OnceLock::new(),
+        })
     }
 
     /// Token ids of `text` as it is: special tokens written in it are recognised, none is added.
@@ -48,6 +57,31 @@ impl Tokenizer {
             .encode_fast(text, false)
             .map_err(|e| Error::Tokenizer(e.to_string()))?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Ids and token types of `text` with the special tokens the model wants around it, and how many tokens of its end
+    /// were left out so that no more than `max_tokens` came.
+    pub(crate) fn encode_whole(
+        &self,
+        text: &str,
+        max_tokens: usize,
+    ) -> Result<(Vec<u32>, Vec<u32>, usize), Error> {
+        let failed = |e: tokenizers::Error| Error::Tokenizer(e.to_string());
+        let mut encoding = self.inner.encode_fast(text, false).map_err(failed)?;
+        let room = max_tokens.saturating_sub(self.added_tokens());
+        let cut = encoding.len().saturating_sub(room);
+        encoding.truncate(room, 0, tokenizers::TruncationDirection::Right);
+        encoding.take_overflowing();
+        let whole = self.inner.post_process(encoding, None, true).map_err(failed)?;
+        Ok((whole.get_ids().to_vec(), whole.get_type_ids().to_vec(), cut))
+    }
+
+    /// How many special tokens surround a text.
+    pub(crate) fn added_tokens(&self) -> usize {
+        use tokenizers::PostProcessor;
+        self.inner
+            .get_post_processor()
+            .map_or(0, |p| p.added_tokens(false))
     }
 
     /// Text of `ids`, special tokens left out unless `with_special`.
@@ -73,6 +107,120 @@ impl Tokenizer {
     /// Number of tokens, added ones included.
     pub fn vocabulary(&self) -> usize {
         self.inner.get_vocab_size(true)
+    }
+
+    /// Tokens that texts of this vocabulary begin with, a `<s>` for many families and none for others: what the file's post-processor
+    /// puts before a text.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] when the library refuses the text.
+    pub fn beginning(&self) -> Result<Vec<u32>, Error> {
+        const WORD: &str = "a";
+        let encoding = self
+            .inner
+            .encode_fast(WORD, true)
+            .map_err(|e| Error::Tokenizer(e.to_string()))?;
+        let bare = self.encode(WORD)?;
+        let ids = encoding.get_ids();
+        let at = ids.windows(bare.len().max(1)).position(|window| window == bare);
+        Ok(ids.get(..at.unwrap_or(0)).unwrap_or_default().to_vec())
+    }
+
+    /// The vocabulary for grammars, prepared at its first use.
+    pub(crate) fn prepared(&self) -> Result<&Prepared, Error> {
+        if let Some(prepared) = self.prepared.get() {
+            return Ok(prepared);
+        }
+        let prepared = Prepared::new(self.words()?)?;
+        // Of two threads that prepare at once, one's work is dropped.
+        Ok(self.prepared.get_or_init(|| prepared))
+    }
+
+    /// The bytes of every token id, `None` for special tokens and ids without a token.
+    fn words(&self) -> Result<Vec<Option<Vec<u8>>>, Error> {
+        let spelling = Spelling::of(self.inner.get_decoder())?;
+        let vocabulary = self.inner.get_vocab(true);
+        let most = vocabulary.values().max().copied().unwrap_or(0);
+        let count = usize::try_from(most).map_or(usize::MAX, |most| most.saturating_add(1));
+        if count > vocabulary.len().saturating_mul(2).saturating_add(1 << 16) {
+            let reason = format!("token id {most} in a vocabulary of {} tokens", vocabulary.len());
+            return Err(Error::Grammar(reason));
+        }
+        let added = self.inner.get_added_tokens_decoder();
+        let mut words = vec![None; count];
+        for (token, id) in vocabulary {
+            let Some(word) = usize::try_from(id).ok().and_then(|id| words.get_mut(id)) else {
+                continue;
+            };
+            *word = match added.get(&id) {
+                Some(token) if token.special => None,
+                Some(token) => Some(token.content.clone().into_bytes()),
+                None => Some(spelling.bytes(&token)),
+            };
+        }
+        Ok(words)
+    }
+}
+
+/// How a vocabulary writes bytes and blanks.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Spelling {
+    /// Each byte is a printable character: GPT-2 and most since.
+    Bytes,
+    /// Text with `▁` for blanks and `<0x0A>` for bytes: SentencePiece.
+    Pieces,
+}
+
+impl Spelling {
+    /// Read off the decoder, which undoes it.
+    fn of(decoder: Option<&tokenizers::DecoderWrapper>) -> Result<Self, Error> {
+        let json = serde_json::to_value(decoder).map_err(|e| Error::Grammar(e.to_string()))?;
+        let mut kinds = vec![json["type"].as_str().unwrap_or("none")];
+        let parts = json["decoders"].as_array().map(Vec::as_slice).unwrap_or_default();
+        kinds.extend(parts.iter().filter_map(|part| part["type"].as_str()));
+        if kinds.contains(&"ByteLevel") {
+            return Ok(Spelling::Bytes);
+        }
+        if kinds.contains(&"ByteFallback") || kinds.contains(&"Metaspace") {
+            return Ok(Spelling::Pieces);
+        }
+        let found = kinds.join(", ");
+        Err(Error::Grammar(format!(
+            "the tokenizer's decoder is {found}; grammars need ByteLevel, ByteFallback or Metaspace"
+        )))
+    }
+
+    fn bytes(self, token: &str) -> Vec<u8> {
+        match self {
+            Spelling::Bytes => {
+                // A token with another character is no byte-level one and stands for itself.
+                let bytes: Option<Vec<u8>> = token.chars().map(byte_of_symbol).collect();
+                bytes.unwrap_or_else(|| token.as_bytes().to_vec())
+            }
+            Spelling::Pieces => {
+                let hex = token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
+                match hex
+                    .filter(|hex| hex.len() == 2)
+                    .map(|hex| u8::from_str_radix(hex, 16))
+                {
+                    Some(Ok(byte)) => vec![byte],
+                    _ => token.replace('\u{2581}', " ").into_bytes(),
+                }
+            }
+        }
+    }
+}
+
+/// The byte a printable character of a byte-level vocabulary stands for: printable bytes are themselves, the others come
+/// from 256 on in their order.
+fn byte_of_symbol(symbol: char) -> Option<u8> {
+    let code = u32::from(symbol);
+    match code {
+        0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF => u8::try_from(code).ok(),
+        0x100..=0x120 => u8::try_from(code - 0x100).ok(),
+        0x121..=0x142 => u8::try_from(code - 0x121 + 0x7F).ok(),
+        0x143 => Some(0xAD),
+        _ => None,
     }
 }
 
@@ -229,6 +377,38 @@ pub(crate) mod tests {
         assert_eq!(tokenizer.decode(&ids, true).unwrap(), "a<turn>b<end>");
         assert!(tokenizer.is_special(259) && !tokenizer.is_special(97));
         assert_eq!(tokenizer.id("<turn>"), Some(260));
+    }
+
+    #[test]
+    fn symbols_of_bytes_are_read_back() {
+        for byte in 0..=255u8 {
+            assert_eq!(byte_of_symbol(byte_symbol(byte)), Some(byte));
+        }
+        assert_eq!(byte_of_symbol('日'), None);
+        for (spelling, token, expected) in [
+            (Spelling::Bytes, "Ġthe", &b" the"[..]),
+            (Spelling::Bytes, "日", "日".as_bytes()),
+            (Spelling::Pieces, "\u{2581}the", b" the"),
+            (Spelling::Pieces, "<0x0A>", b"\n"),
+            (Spelling::Pieces, "<0xZZ>", b"<0xZZ>"),
+        ] {
+            assert_eq!(spelling.bytes(token), expected, "{token}");
+        }
+    }
+
+    #[test]
+    fn a_text_begins_with_what_the_post_processor_puts_there() {
+        let mut json: serde_json::Value = serde_json::from_str(&bytes_tokenizer_json()).unwrap();
+        assert!(bytes_tokenizer().beginning().unwrap().is_empty());
+        json["post_processor"] = serde_json::json!({"type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<turn>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": "<end>", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<turn>": {"id": "<turn>", "ids": [260], "tokens": ["<turn>"]},
+                "<end>": {"id": "<end>", "ids": [259], "tokens": ["<end>"]}}});
+        let tokenizer = Tokenizer::parse("t", json.to_string().as_bytes()).unwrap();
+        assert_eq!(tokenizer.beginning().unwrap(), [260]);
+        assert_eq!(tokenizer.encode("a").unwrap(), [97]);
     }
 
     #[test]

@@ -165,6 +165,39 @@ fn a_model_of_another_family_says_its_golden_texts() {
 }
 
 #[test]
+fn the_model_in_one_stateful_package_says_its_golden_texts() {
+    let Some(path) = shared("tales-stateful") else {
+        return;
+    };
+    // Every step has other shapes and is laid out anew, which takes its time without optimisation.
+    let (prompts, most) = if cfg!(debug_assertions) {
+        (2, 8)
+    } else {
+        (usize::MAX, usize::MAX)
+    };
+    let golden = read(&path.join("golden.json"));
+    let bundle = Bundle::open(&path).unwrap();
+    assert_eq!(bundle.layout().name(), "stateful-package");
+    let mut session = bundle.session(&LoadOptions::default()).unwrap();
+    assert_eq!(session.context_tokens(), 512);
+    let mut failures = Vec::new();
+    for case in golden["prompts"].as_array().unwrap().iter().take(prompts) {
+        let (prompt, expected) = (ids(&case["prompt_tokens"]), ids(&case["tokens"]));
+        session.reset();
+        let found = generate(&mut session, &prompt, most.min(expected.len())).tokens;
+        let at = (0..found.len()).find(|&i| found[i] != expected[i]);
+        let close = at.is_some_and(|at| case["margins"][at].as_f64().unwrap() < CLOSE);
+        if at.is_some() && !close {
+            failures.push(format!(
+                "{}: token {at:?} of {expected:?} differs: {found:?}",
+                case["name"]
+            ));
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+#[test]
 fn first_logits_are_those_of_the_golden_run() {
     let golden = read(&in_tree("crates/llm/testdata/golden/tales-lut6.json"));
     let bundle = Bundle::open(in_tree("models/tales")).unwrap();

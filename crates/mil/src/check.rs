@@ -210,7 +210,7 @@ fn tensor_type(t: &TensorType) -> Result<()> {
     // Zeros count as ones, so that no partial product of the shape can overflow either.
     let elements = t.shape.iter().try_fold(1usize, |n, d| match d {
         Dim::Fixed(size) => n.checked_mul((*size).max(1)),
-        Dim::Unknown => Some(n),
+        Dim::Unknown | Dim::Variadic => Some(n),
     });
     let bytes = elements.and_then(|n| n.checked_mul(t.dtype.bits().map_or(1, |bits| bits.div_ceil(8))));
     match bytes {
@@ -277,7 +277,8 @@ fn compatible(found: &ValueType, expected: &ValueType) -> bool {
     match (found, expected) {
         (ValueType::Tensor(f), ValueType::Tensor(e)) => {
             let fits = |(f, e): (&Dim, &Dim)| f == e || *e == Dim::Unknown;
-            f.dtype == e.dtype && f.shape.len() == e.shape.len() && f.shape.iter().zip(&e.shape).all(fits)
+            let same_rank = f.shape.len() == e.shape.len();
+            f.dtype == e.dtype && (e.is_variadic() || same_rank && f.shape.iter().zip(&e.shape).all(fits))
         }
         (ValueType::List { element: f, len: n }, ValueType::List { element: e, len: m }) => {
             (m.is_none() || n == m) && compatible(f, e)
@@ -318,10 +319,11 @@ fn tensor_value(t: &TensorType, bytes: &[u8]) -> Result<()> {
 pub(crate) fn check_count(t: &TensorType, count: usize) -> Result<()> {
     let fixed = t.shape.iter().try_fold(1usize, |product, d| match d {
         Dim::Fixed(n) => product.checked_mul(*n),
-        Dim::Unknown => Some(product),
+        Dim::Unknown | Dim::Variadic => Some(product),
     });
     let unknown = t.shape.iter().filter(|d| **d == Dim::Unknown).count();
     let fits = match (unknown, fixed) {
+        _ if t.is_variadic() => false,
         (0, Some(fixed)) => fixed == count,
         (1, Some(0)) => count == 0,
         (1, Some(fixed)) => count.is_multiple_of(fixed),

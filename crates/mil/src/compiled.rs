@@ -164,7 +164,7 @@ fn feature(name: &str, ty: &ValueType) -> Option<Feature> {
                 .iter()
                 .map(|d| match d {
                     crate::Dim::Fixed(n) => (*n, Some(*n)),
-                    crate::Dim::Unknown => (0, None),
+                    crate::Dim::Unknown | crate::Dim::Variadic => (0, None),
                 })
                 .collect(),
         ),

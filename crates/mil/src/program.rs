@@ -165,6 +165,8 @@ pub enum Dim {
     Fixed(usize),
     /// Known when the model runs.
     Unknown,
+    /// Any number of dimensions, known when the model runs: only in the declared type of a result.
+    Variadic,
 }
 
 /// Element types of MIL. The names are those of MIL text.
@@ -303,6 +305,7 @@ impl std::fmt::Display for TensorType {
             match dim {
                 Dim::Fixed(n) => write!(f, "{comma}{n}")?,
                 Dim::Unknown => write!(f, "{comma}?")?,
+                Dim::Variadic => write!(f, "{comma}*")?,
             }
         }
         f.write_str("]>")
@@ -326,6 +329,28 @@ impl TensorType {
             count = count.checked_mul(*n)?;
         }
         Some(count)
+    }
+
+    /// True when the number of dimensions is known only when the model runs.
+    pub fn is_variadic(&self) -> bool {
+        self.shape.contains(&Dim::Variadic)
+    }
+
+    /// True when a tensor of this shape has this type: known sizes are equal, unknown ones are whatever they are.
+    ///
+    /// ```
+    /// use candle_coreml_mil::{DType, Dim, TensorType};
+    ///
+    /// let rows = TensorType { dtype: DType::Fp32, shape: vec![Dim::Unknown, Dim::Fixed(3)] };
+    /// assert!(rows.admits(&[5, 3]));
+    /// assert!(!rows.admits(&[5, 4]));
+    /// ```
+    pub fn admits(&self, shape: &[usize]) -> bool {
+        let fits = |(d, n): (&Dim, &usize)| match d {
+            Dim::Fixed(size) => size == n,
+            Dim::Unknown | Dim::Variadic => true,
+        };
+        self.is_variadic() || self.shape.len() == shape.len() && self.shape.iter().zip(shape).all(fits)
     }
 
     /// Bytes the elements take, packed where they are smaller than a byte; `None` for strings, unknown dimensions and

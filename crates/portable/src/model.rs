@@ -13,7 +13,7 @@ use crate::run::{Observer, RunOptions, Workspace};
 use crate::staged::{Context, Runner, Staged};
 use crate::state::{State, StateBuffer};
 use candle_coreml_kernels::Pool;
-use candle_coreml_mil::{self as mil, Dim, ValueType};
+use candle_coreml_mil::{self as mil, ValueType};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -498,17 +498,13 @@ impl Model {
                 };
                 let value = inputs.iter().find(|(n, _)| *n == input.name).map(|(_, a)| *a);
                 let value = value.ok_or_else(|| fail("it is missing".into()))?;
-                let declared = input.ty.tensor().map(|t| t.shape.as_slice()).unwrap_or_default();
-                let fits = declared.len() == value.shape.len()
-                    && declared
-                        .iter()
-                        .zip(value.shape)
-                        .all(|(d, n)| *d == Dim::Unknown || *d == Dim::Fixed(*n));
-                if fits {
+                let declared = input.ty.tensor();
+                if declared.map_or(value.shape.is_empty(), |t| t.admits(value.shape)) {
                     Ok(value)
                 } else {
+                    let needed = declared.map(|t| t.shape.as_slice()).unwrap_or_default();
                     Err(fail(format!(
-                        "shape {:?} came, {declared:?} is needed",
+                        "shape {:?} came, {needed:?} is needed",
                         value.shape
                     )))
                 }

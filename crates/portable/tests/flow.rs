@@ -253,6 +253,19 @@ fn shapes_follow_from_values_one_after_the_other() {
 }
 
 #[test]
+fn a_result_may_have_any_number_of_dimensions() {
+    let function = "(tensor<int32, [?]> s) {
+        tensor<fp32, [*]> y = fill(shape = s, value = fp32(0x1p+1));
+    } -> (y);";
+    check(
+        function,
+        &[("s", i32s(&[3], &[2, 1, 2]))],
+        &[(&[2, 1, 2], &[2.0; 4])],
+    );
+    check(function, &[("s", i32s(&[1], &[3]))], &[(&[3], &[2.0; 3])]);
+}
+
+#[test]
 fn attributes_may_be_computed_from_the_elements_of_an_input() {
     let function = "(tensor<fp32, [2, 3]> x, tensor<int32, [2]> v) {
         tensor<int32, [2]> w = add(x = v, y = tensor<int32, [2]>([0, 1]));

@@ -12,6 +12,10 @@ use objc2_foundation::{NSArray, NSError, NSInteger, NSNumber};
 use std::cell::RefCell;
 use std::ffi::c_void;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Multi-arrays made so far.
+pub static MADE: AtomicUsize = AtomicUsize::new(0);
 
 /// Memory and layout. Own memory is in words of 8 bytes, so that every element type is aligned.
 pub struct Memory {
@@ -139,6 +143,7 @@ define_class!(
 
 /// Finishes an initializer; nil where there is nothing to start from.
 fn started(this: Allocated<FakeArray>, ivars: Option<Ivars>) -> Option<Retained<FakeArray>> {
+    MADE.fetch_add(1, Ordering::SeqCst);
     let this = this.set_ivars(ivars?);
     // SAFETY: The super class's own initializer.
     unsafe { msg_send![super(this), init] }
@@ -240,6 +245,7 @@ impl FakeArray {
         } else {
             packed_strides(shape)
         };
+        MADE.fetch_add(1, Ordering::SeqCst);
         let this = FakeArray::alloc().set_ivars(Ivars {
             memory: RefCell::new(Memory::new(shape, &strides, element)),
             element,

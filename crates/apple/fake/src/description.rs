@@ -6,7 +6,7 @@ use candle_coreml_apple::reuse;
 use candle_coreml_mil::{ArrayDescription, Feature, FeatureType, Flexibility, FunctionDescription};
 use objc2::rc::Retained;
 use objc2::runtime::NSObject;
-use objc2::{AnyThread, DefinedClass, define_class, msg_send};
+use objc2::{DefinedClass, define_class};
 use objc2_core_ml::{
     MLFeatureDescription, MLFeatureType, MLModelDescription, MLMultiArrayConstraint, MLMultiArrayDataType,
     MLMultiArrayShapeConstraint, MLMultiArrayShapeConstraintType, MLStateConstraint,
@@ -14,17 +14,6 @@ use objc2_core_ml::{
 use objc2_foundation::{NSArray, NSDictionary, NSNumber, NSRange, NSString, NSValue};
 
 type Descriptions = NSDictionary<NSString, MLFeatureDescription>;
-
-/// An object of a stand-in class, under the name of the bindings.
-macro_rules! made {
-    ($class:ty, $ivars:expr) => {{
-        let this = <$class>::alloc().set_ivars(($ivars, Live::new()));
-        // SAFETY: The super class's own initializer.
-        let this: Retained<$class> = unsafe { msg_send![super(this), init] };
-        // SAFETY: The same class under the name of the bindings.
-        unsafe { Retained::cast_unchecked(this) }
-    }};
-}
 
 fn data_type(array: &ArrayDescription) -> MLMultiArrayDataType {
     MLMultiArrayDataType(reuse::element(array.dtype).map_or(0, |e| e.code()))

@@ -3,11 +3,24 @@
 //! Models are run by the portable engine. What this shows is that the calls are made, read and counted rightly; what it
 //! cannot show is how Apple's own classes behave. [`Behaviour`] plays what is known of them and is easily got wrong.
 
+/// An object of a stand-in class, under the name of the bindings.
+macro_rules! made {
+    ($class:ty, $ivars:expr) => {{
+        let this = <$class as objc2::AnyThread>::alloc().set_ivars(($ivars, crate::Live::new()));
+        // SAFETY: The super class's own initializer.
+        let this: objc2::rc::Retained<$class> = unsafe { objc2::msg_send![super(this), init] };
+        // SAFETY: The same class under the name of the bindings.
+        unsafe { objc2::rc::Retained::cast_unchecked(this) }
+    }};
+}
+
 mod array;
 mod configuration;
 mod description;
 mod model;
+mod plan;
 mod provider;
+mod sequence;
 mod shim;
 mod state;
 mod value;
@@ -66,9 +79,11 @@ pub enum Behaviour {
     KeepsInputs,
     /// Predictions do nothing and give the backings as they are.
     Idle,
+    /// Predictions give their inputs.
+    Echoes,
 }
 
-static SWITCHES: [AtomicBool; 11] = [const { AtomicBool::new(false) }; 11];
+static SWITCHES: [AtomicBool; 12] = [const { AtomicBool::new(false) }; 12];
 
 impl Behaviour {
     /// Plays it until the result is dropped.
@@ -91,6 +106,14 @@ impl Drop for On {
     }
 }
 
+/// How many multi-arrays were made so far.
+pub fn arrays_made() -> usize {
+    array::MADE.load(Ordering::SeqCst)
+}
+
+/// Cores of the Neural Engine that the stand-ins have.
+pub const NEURAL_ENGINE_CORES: usize = plan::CORES;
+
 /// How often models were compiled.
 pub fn compilations() -> usize {
     model::COMPILATIONS.load(Ordering::SeqCst)
@@ -99,6 +122,8 @@ pub fn compilations() -> usize {
 /// Registers the classes; to be called before anything else.
 pub fn install() {
     shim::keep();
+    plan::install();
+    let _ = sequence::FakeSequence::class();
     let _ = (
         array::FakeArray::class(),
         value::FakeValue::class(),

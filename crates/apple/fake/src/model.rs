@@ -15,8 +15,8 @@ use objc2::rc::{Allocated, Retained};
 use objc2::runtime::{AnyObject, NSObject, ProtocolObject};
 use objc2::{AnyThread, DefinedClass, define_class, msg_send};
 use objc2_core_ml::{
-    MLArrayBatchProvider, MLBatchProvider, MLDictionaryFeatureProvider, MLFeatureProvider,
-    MLModelConfiguration, MLModelDescription, MLMultiArray, MLPredictionOptions, MLState,
+    MLArrayBatchProvider, MLBatchProvider, MLComputeDeviceProtocol, MLDictionaryFeatureProvider,
+    MLFeatureProvider, MLModelConfiguration, MLModelDescription, MLMultiArray, MLPredictionOptions, MLState,
 };
 use objc2_foundation::{NSArray, NSDictionary, NSError, NSException, NSString, NSURL};
 use std::path::{Path, PathBuf};
@@ -49,7 +49,7 @@ fn refuse<T>(code: isize, place: *mut *mut NSError) -> Option<T> {
 }
 
 /// Calls a completion handler here or on another thread.
-fn complete<T: 'static>(
+pub fn complete<T: 'static>(
     handler: &DynBlock<dyn Fn(*mut T, *mut NSError)>,
     result: Option<Retained<T>>,
     code: Option<isize>,
@@ -109,6 +109,11 @@ define_class!(
                 Some(path) if !Behaviour::CompileFails.is_on() => complete(handler, path.to_str().map(|p| NSURL::fileURLWithPath_isDirectory(&NSString::from_str(p), true)), None),
                 _ => complete(handler, None, Some(0)),
             }
+        }
+
+        #[unsafe(method_id(availableComputeDevices))]
+        fn devices() -> Retained<NSArray<ProtocolObject<dyn MLComputeDeviceProtocol>>> {
+            crate::plan::devices(true)
         }
 
         #[unsafe(method_id(modelDescription))]
@@ -256,6 +261,11 @@ impl FakeModel {
                 .lock()
                 .map_err(|_| None)?
                 .push(objc2::Message::retain(inputs));
+        }
+        if Behaviour::Echoes.is_on() {
+            // SAFETY: The engine's inputs are dictionaries of features.
+            let inputs = unsafe { &*std::ptr::from_ref(inputs).cast::<MLDictionaryFeatureProvider>() };
+            return Ok(Some(objc2::Message::retain(inputs)));
         }
         if Behaviour::Idle.is_on() {
             return self.idle(options).map(Some);

@@ -2,17 +2,21 @@
 
 use crate::Live;
 use objc2::rc::Retained;
-use objc2::runtime::NSObject;
+use objc2::runtime::{AnyObject, NSObject};
 use objc2::{AnyThread, DefinedClass, define_class, msg_send};
-use objc2_core_ml::{MLFeatureType, MLFeatureValue, MLMultiArray};
-use objc2_foundation::NSString;
+use objc2_core_ml::{MLFeatureType, MLFeatureValue, MLMultiArray, MLSequence};
+use objc2_foundation::{NSDictionary, NSError, NSNumber, NSString};
 
 pub enum Held {
     Array(Retained<MLMultiArray>),
     String(Retained<NSString>),
     Int64(i64),
     Double(f64),
+    Dictionary(Retained<Counts>),
+    Sequence(Retained<MLSequence>),
 }
+
+type Counts = NSDictionary<AnyObject, NSNumber>;
 
 pub struct Ivars {
     held: Held,
@@ -47,6 +51,32 @@ define_class!(
             FakeValue::new(Held::Double(value))
         }
 
+        #[unsafe(method_id(featureValueWithDictionary:error:))]
+        fn dictionary(value: &Counts, _error: *mut *mut NSError) -> Option<Retained<Self>> {
+            Some(FakeValue::new(Held::Dictionary(retained(value))))
+        }
+
+        #[unsafe(method_id(featureValueWithSequence:))]
+        fn sequence(value: &MLSequence) -> Retained<Self> {
+            FakeValue::new(Held::Sequence(retained(value)))
+        }
+
+        #[unsafe(method_id(dictionaryValue))]
+        fn dictionary_value(&self) -> Retained<Counts> {
+            match &self.ivars().held {
+                Held::Dictionary(counts) => counts.clone(),
+                _ => NSDictionary::new(),
+            }
+        }
+
+        #[unsafe(method_id(sequenceValue))]
+        fn sequence_value(&self) -> Option<Retained<MLSequence>> {
+            match &self.ivars().held {
+                Held::Sequence(sequence) => Some(sequence.clone()),
+                _ => None,
+            }
+        }
+
         #[unsafe(method(type))]
         fn kind(&self) -> MLFeatureType {
             match self.ivars().held {
@@ -54,6 +84,8 @@ define_class!(
                 Held::String(_) => MLFeatureType::String,
                 Held::Int64(_) => MLFeatureType::Int64,
                 Held::Double(_) => MLFeatureType::Double,
+                Held::Dictionary(_) => MLFeatureType::Dictionary,
+                Held::Sequence(_) => MLFeatureType::Sequence,
             }
         }
 

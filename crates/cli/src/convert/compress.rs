@@ -4,12 +4,13 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use candle_coreml_convert::{CompressOptions, CompressReport, Compression, compress_package};
+use candle_coreml_convert::{CompressOptions, CompressReport, Compression, PartialFolder, compress_package};
 use serde_json::json;
 
 use super::args::CompressArgs;
 use super::{Bar, memory};
 use crate::failure::{DONE, Failure, Outcome};
+use crate::interrupt;
 use crate::terminal::{self, FAINT, STRONG, styled};
 
 pub fn run(args: &CompressArgs) -> Outcome {
@@ -27,6 +28,7 @@ pub fn run(args: &CompressArgs) -> Outcome {
         Some(out) => out.clone(),
         None => beside(&args.model, &options.compression),
     };
+    interrupt::remove_at_end(PartialFolder::place(&to))?;
     let start = Instant::now();
     let done = if is_package(&args.model) {
         vec![(to.clone(), package(&args.model, &to, &options)?)]
@@ -84,16 +86,17 @@ fn folder(
             from.display()
         )));
     }
-    std::fs::create_dir_all(to)?;
+    let folder = PartialFolder::create(to)?;
     let mut done = Vec::new();
     for entry in entries {
-        let (path, target) = (entry.path(), to.join(entry.file_name()));
+        let (path, target) = (entry.path(), folder.path().join(entry.file_name()));
         if path.join("Manifest.json").exists() {
-            done.push((target.clone(), package(&path, &target, options)?));
+            done.push((to.join(entry.file_name()), package(&path, &target, options)?));
         } else if path.is_file() {
             std::fs::copy(&path, &target)?;
         }
     }
+    folder.finish()?;
     Ok(done)
 }
 

@@ -14,6 +14,7 @@ use candle_coreml_mil::Metadata;
 use crate::compress::{Compression, Progress};
 use crate::config::DecoderConfig;
 use crate::error::{Error, Result};
+use crate::folder::PartialFolder;
 pub(crate) use files::Input;
 use tensors::Tensors;
 pub(crate) use tensors::root_of;
@@ -96,7 +97,7 @@ pub struct Plan {
 
 /// Converts `from`, a folder with safetensors and `config.json` or a GGUF file, to packages in the folder `to`.
 ///
-/// `progress` is called after every layer.
+/// `progress` is called after every layer. The folder appears when everything is written; see [`PartialFolder`].
 ///
 /// ```no_run
 /// use candle_coreml_convert::{Compression, LanguageModelOptions, convert_language_model};
@@ -110,7 +111,7 @@ pub struct Plan {
 /// ```
 ///
 /// # Errors
-/// [`Error::Unsupported`] and [`Error::Option`] before anything is written; [`Error::Tensor`] with the tensor that is
+/// [`Error::Unsupported`], [`Error::Option`] and [`Error::Occupied`] before anything is written; [`Error::Tensor`] with the tensor that is
 /// missing or does not fit; [`Error::Mil`] and [`Error::Io`] for files.
 pub fn convert_language_model(
     from: impl AsRef<Path>,
@@ -121,9 +122,11 @@ pub fn convert_language_model(
     let (from, to) = (from.as_ref(), to.as_ref());
     let source = files::Input::open(from)?;
     let plan = make_plan(&source.config, options)?;
-    std::fs::create_dir_all(to).map_err(Error::io(to))?;
+    let tensors = Tensors::new(&source.checkpoint, &source.config)?;
+    let folder = PartialFolder::create(to)?;
+    let to = folder.path();
     let mut job = Job {
-        tensors: Tensors::new(&source.checkpoint, &source.config)?,
+        tensors,
         config: &source.config,
         options,
         to,
@@ -136,6 +139,7 @@ pub fn convert_language_model(
         Layout::Stateful => stateful::write(&mut job)?,
     }
     files::write(&source, to, options)?;
+    folder.finish()?;
     Ok(plan)
 }
 

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)] // a test stops at what it did not expect
 #![allow(dead_code)] // each test uses a part
 
+pub mod gguf;
 pub mod run;
 
 use std::path::{Path, PathBuf};

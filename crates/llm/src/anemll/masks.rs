@@ -3,8 +3,11 @@
 use candle_core::{DType, Device, Tensor};
 use half::f16;
 
-use super::wiring::Place;
 use crate::Error;
+use crate::part::interface::Place;
+
+/// More slots than this are taken for a mistake in a package: 4 million, several times the longest contexts there are.
+const MOST_SLOTS: usize = 1 << 22;
 
 /// Causal masks over a cache of `width` slots, all windows of one row.
 ///
@@ -23,6 +26,9 @@ pub(crate) struct Masks {
 impl Masks {
     /// Masks over `width` slots, of dtype `dtype`; positions go up to `width`.
     pub(crate) fn new(width: usize, dtype: DType) -> Result<Self, Error> {
+        if width > MOST_SLOTS {
+            return Err(too_wide(width));
+        }
         let at = |slot: usize| {
             if slot < width {
                 f16::ZERO
@@ -61,15 +67,19 @@ impl Masks {
         Ok(Tensor::from_vec(rows, place.shape(), &Device::Cpu)?.to_dtype(self.causal.dtype())?)
     }
 
-    /// A one in the slot each of `start..start + count` is written to: `[1, 1, width, count]`.
+    /// A one in the slot each of `start..start + count` is written to: `[1, 1, slots, count]`. The place says how many slots;
+    /// mostly they are those of the causal mask.
     pub(crate) fn update(&self, start: usize, place: &Place, count: usize) -> Result<Tensor, Error> {
-        if count == 1 {
+        let slots = place.shape().iter().product::<usize>() / count.max(1);
+        if count == 1 && slots == self.width {
             let column = self.update.narrow(0, self.width - 1 - start, self.width)?;
             return Ok(column.reshape(place.shape())?);
         }
-        let mut columns = vec![f16::ZERO; self.width * count];
+        let mut columns = vec![f16::ZERO; slots * count];
         for (index, slot) in (start..start + count).enumerate() {
-            columns[slot * count + index] = f16::ONE;
+            if let Some(hit) = columns.get_mut(slot * count + index) {
+                *hit = f16::ONE;
+            }
         }
         Ok(Tensor::from_vec(columns, place.shape(), &Device::Cpu)?.to_dtype(self.update.dtype())?)
     }
@@ -79,7 +89,7 @@ fn too_wide(width: usize) -> Error {
     Error::Option {
         option: "context",
         value: width.to_string(),
-        allowed: "at most 2^31 - 1 slots",
+        allowed: "at most 2^22 slots",
     }
 }
 
@@ -116,6 +126,12 @@ mod tests {
     }
 
     #[test]
+    fn absurd_widths_are_refused_before_memory_is_asked_for() {
+        let error = Masks::new(usize::MAX / 8, DType::F16).unwrap_err().to_string();
+        assert!(error.contains("allowed: at most 2^22 slots"), "{error}");
+    }
+
+    #[test]
     fn update_masks_mark_the_slots_written_to() {
         let masks = Masks::new(4, DType::F16).unwrap();
         let single = masks
@@ -126,6 +142,10 @@ mod tests {
             .update(1, &Place::new("update_mask", &[1, 1, 4, 2]), 2)
             .unwrap();
         assert_eq!(rows(&batch), [0., 0., 1., 0., 0., 1., 0., 0.]);
+        let longer = masks
+            .update(2, &Place::new("update_mask", &[1, 1, 6, 1]), 1)
+            .unwrap();
+        assert_eq!(rows(&longer), [0., 0., 1., 0., 0., 0.]);
     }
 
     #[test]

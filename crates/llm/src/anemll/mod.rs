@@ -1,76 +1,73 @@
-//! ANEMLL bundles of several components: embeddings, chunks of layers with `prefill` and `infer`, a language head.
+//! Models of several functions with fixed shapes: ANEMLL's embeddings, chunks of layers and language head, its monoliths, and
+//! the same parts described by a `ModelConfig`.
 
 mod batches;
-mod coreml;
-mod head;
+mod chunks;
 mod masks;
-mod part;
+pub(crate) mod report;
+mod rotation;
+mod step;
 #[cfg(test)]
 pub(crate) mod toy;
-mod wiring;
+mod wired;
 
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use crate::Error;
 use crate::model::{LanguageModel, Prediction};
-use batches::Batch;
-pub(crate) use coreml::CoreMlPart;
-use head::Head;
-pub(crate) use head::Vocabulary;
-use masks::Masks;
-pub(crate) use part::Part;
-use wiring::{Place, Role, Step};
+use crate::part::head::Vocabulary;
+use crate::part::{Part, take, to_id};
+use chunks::Mode;
+pub(crate) use report::ports;
+pub(crate) use step::Renamed;
+use wired::Wired;
 
 /// Token that fills the last batch of a prompt; its rows are hidden by the mask and overwritten later.
 const PADDING_TOKEN: i32 = 0;
-const PREFILL: &str = "prefill";
-const INFER: &str = "infer";
 
 /// The opened packages of a bundle and what its description says about them.
 pub(crate) struct Components<P> {
-    pub(crate) embeddings: P,
-    pub(crate) chunks: Vec<P>,
-    pub(crate) head: P,
+    /// Token ids to hidden states; `None` where the chunks take ids.
+    pub(crate) embeddings: Option<P>,
+    pub(crate) chunks: Vec<ChunkParts<P>>,
+    /// Hidden state to logits; `None` where the last chunk gives them.
+    pub(crate) head: Option<P>,
+    pub(crate) facts: Facts,
+}
+
+/// The packages of one chunk.
+pub(crate) struct ChunkParts<P> {
+    /// Holds `infer`, and the other functions unless they are elsewhere.
+    pub(crate) infer: P,
+    /// Holds `prefill` where that is a package of its own.
+    pub(crate) prefill: Option<P>,
+    /// Holds rotation functions where those are in a package of their own.
+    pub(crate) rotated: Option<P>,
+}
+
+/// What a bundle says about its packages.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Facts {
     /// Tokens a conversation may have, where the bundle says so; the cache's slots otherwise.
     pub(crate) context: Option<usize>,
+    /// Tokens that local layers see, where the bundle says so.
+    pub(crate) window: Option<usize>,
     pub(crate) vocabulary: Vocabulary,
-    /// False where the converter's version is known to prefill wrongly in batches.
-    pub(crate) batched_prefill: bool,
+    /// Why prefill in batches is not valid, where it is not known to be.
+    pub(crate) one_by_one: Option<String>,
+    /// Names of inputs that are not the convention's.
+    pub(crate) renamed: Renamed,
 }
 
-/// A chunk at both of its functions.
-struct Chunk<P> {
-    infer: P,
-    infer_step: Step,
-    prefill: Option<(P, Step)>,
-    /// Which of the states it uses.
-    state: usize,
-}
-
-/// What conversations share: packages, wiring, masks.
-struct Wired<P> {
-    embeddings: P,
-    ids_input: String,
-    embeddings_output: String,
-    chunks: Vec<Chunk<P>>,
-    head: P,
-    head_input: Place,
-    head_kind: Head,
-    masks: Masks,
-    /// Rows of a prefill batch; `None` when tokens are computed one by one.
-    batch: Option<usize>,
-    slots: usize,
-    context: usize,
-    vocabulary: usize,
-}
-
-/// An ANEMLL model with the state of one conversation.
+/// A model with the state of one conversation.
 pub(crate) struct AnemllModel<P: Part> {
     wired: Arc<Wired<P>>,
     states: Vec<P::State>,
     logits: Vec<f32>,
+    /// Tokens the states hold, `None` after a failure; kept where caches roll.
+    held: Option<usize>,
 }
 
 impl<P: Part> AnemllModel<P> {
@@ -85,15 +82,44 @@ impl<P: Part> AnemllModel<P> {
             wired,
             states,
             logits: Vec::new(),
+            held: Some(0),
         })
     }
 
-    /// Runs one token through the chunks and gives its hidden state.
-    fn infer(&mut self, token: u32, position: usize) -> Result<Tensor, Error> {
-        let ids = [to_id(token)?];
-        self.wired.run(&mut self.states, &ids, position, |chunk| {
-            Some((&chunk.infer, &chunk.infer_step))
-        })
+    /// Runs one token through the chunks and gives the outputs of the last.
+    fn infer(&mut self, token: u32, position: usize) -> Result<Vec<(String, Tensor)>, Error> {
+        let mode = match &self.wired.rotation {
+            Some(rotation) if position >= rotation.window => Mode::RotateOne,
+            _ => Mode::One,
+        };
+        self.wired.run(&mut self.states, &[to_id(token)?], position, mode)
+    }
+
+    /// Computes tokens from `cached` on with one call of the packages, and says how many are computed then.
+    fn advance(&mut self, tokens: &[u32], cached: usize) -> Result<usize, Error> {
+        self.held = None;
+        let now = match self.wired.batch_after(cached, tokens.len()) {
+            Some((Mode::RotateBatch, batch)) => self.rotated_batch(tokens, batch)?,
+            Some((mode, batch)) => {
+                let rows = self.wired.rows(mode);
+                let mut ids = Vec::with_capacity(rows);
+                for &token in tokens.get(batch.start..batch.end()).unwrap_or_default() {
+                    ids.push(to_id(token)?);
+                }
+                ids.resize(rows, PADDING_TOKEN);
+                self.wired.run(&mut self.states, &ids, batch.start, mode)?;
+                batch.end()
+            }
+            None => match tokens.get(cached) {
+                Some(&token) => {
+                    self.infer(token, cached)?;
+                    cached + 1
+                }
+                None => cached,
+            },
+        };
+        self.held = Some(now);
+        Ok(now)
     }
 }
 
@@ -107,54 +133,41 @@ impl<P: Part> LanguageModel for AnemllModel<P> {
     }
 
     fn gives_logits(&self) -> bool {
-        matches!(self.wired.head_kind, Head::Logits(_))
+        self.wired.head_kind.gives_logits()
     }
 
     fn prefill(&mut self, tokens: &[u32], cached: usize) -> Result<usize, Error> {
-        let wired = Arc::clone(&self.wired);
-        let batch = wired
-            .batch
-            .and_then(|rows| Some((rows, Batch::next(cached, tokens.len(), rows, wired.slots)?)));
-        let Some((rows, batch)) = batch else {
-            let Some(&token) = tokens.get(cached) else {
-                return Ok(cached);
-            };
-            self.infer(token, cached)?;
-            return Ok(cached + 1);
-        };
-        let mut ids = Vec::with_capacity(rows);
-        for &token in &tokens[batch.start..batch.end()] {
-            ids.push(to_id(token)?);
-        }
-        ids.resize(rows, PADDING_TOKEN);
-        wired.run(&mut self.states, &ids, batch.start, |chunk| {
-            chunk.prefill.as_ref().map(|(part, step)| (part, step))
-        })?;
-        Ok(batch.end())
+        self.settle(tokens, cached)?;
+        self.advance(tokens, cached)
     }
 
     fn decode(&mut self, tokens: &[u32]) -> Result<Prediction<'_>, Error> {
         let Some((&token, before)) = tokens.split_last() else {
             return Err(Error::EmptyPrompt);
         };
-        let hidden = self.infer(token, before.len())?;
+        self.settle(tokens, before.len())?;
+        self.held = None;
+        let outputs = self.infer(token, before.len())?;
+        self.held = Some(tokens.len());
         let wired = &self.wired;
-        let outputs = wired.head.predict(&[(wired.head_input.name(), &hidden)], None)?;
+        let (part, outputs) = match (&wired.head, wired.last_output()) {
+            (Some((head, place)), Some(name)) => {
+                let hidden = take(wired.last_part().name(), outputs, name)?;
+                (head, head.predict(&[(place.name(), &hidden)], None)?)
+            }
+            _ => (wired.last_part(), outputs),
+        };
         wired
             .head_kind
-            .predict(wired.head.name(), &outputs, wired.vocabulary, &mut self.logits)
+            .predict(part.name(), &outputs, wired.vocabulary, &mut self.logits)
     }
 
     fn fork(&self) -> Result<Box<dyn LanguageModel>, Error> {
-        let wired = Arc::clone(&self.wired);
-        let mut states = Vec::with_capacity(self.states.len());
-        for (index, state) in self.states.iter().enumerate() {
-            states.push(wired.owner(index).fork_state(state)?);
-        }
         Ok(Box::new(AnemllModel {
-            wired,
-            states,
+            wired: Arc::clone(&self.wired),
+            states: self.fork_states()?,
             logits: Vec::new(),
+            held: self.held,
         }))
     }
 
@@ -168,10 +181,12 @@ impl<P: Part> LanguageModel for AnemllModel<P> {
                     .map(|(name, tensor)| (format!("{index}/{name}"), tensor)),
             );
         }
+        all.extend(self.held_as_tensor()?);
         Ok(all)
     }
 
     fn restore(&mut self, buffers: &[(String, Tensor)]) -> Result<(), Error> {
+        self.held = None;
         for (index, state) in self.states.iter_mut().enumerate() {
             let prefix = format!("{index}/");
             let own = buffers
@@ -181,273 +196,8 @@ impl<P: Part> LanguageModel for AnemllModel<P> {
                 .owner(index)
                 .restore_state(state, &own.collect::<Vec<_>>())?;
         }
+        self.held = rotation::held_of(buffers);
         Ok(())
-    }
-}
-
-impl<P: Part> Wired<P> {
-    /// The part that made state number `index`.
-    fn owner(&self, index: usize) -> &P {
-        let chunk = self.chunks.iter().find(|chunk| chunk.state == index);
-        &chunk.expect("every state was made by a chunk that uses it").infer
-    }
-
-    fn new(components: Components<P>) -> Result<Self, Error> {
-        let Components {
-            embeddings,
-            chunks,
-            head,
-            context,
-            vocabulary,
-            batched_prefill,
-        } = components;
-        let chunks = wire_chunks(chunks)?;
-        let first = &chunks.first().ok_or_else(|| none("chunks"))?.infer_step;
-        let (slots, mask_dtype) = (first.width, first.mask_dtype);
-        let batch = if batched_prefill {
-            common_batch(&chunks, &embeddings, slots)?
-        } else {
-            None
-        };
-        let ids_input = wiring::only_input(embeddings.name(), embeddings.interface())?
-            .name
-            .clone();
-        let embeddings_output = embeddings
-            .interface()
-            .outputs
-            .first()
-            .ok_or_else(|| none("outputs"))?
-            .name
-            .clone();
-        let head_input = wiring::only_input(head.name(), head.interface())?;
-        let head_input = Place::new(&head_input.name, &[]);
-        let head_kind = Head::read(head.name(), head.interface(), &vocabulary)?;
-        let vocabulary = vocabulary_size(&head, &head_kind, &vocabulary)?;
-        let context = context.map_or(slots, |context| context.min(slots));
-        let masks = Masks::new(slots, mask_dtype)?;
-        Ok(Wired {
-            embeddings,
-            ids_input,
-            embeddings_output,
-            chunks,
-            head,
-            head_input,
-            head_kind,
-            masks,
-            batch,
-            slots,
-            context,
-            vocabulary,
-        })
-    }
-
-    /// One state for each set of buffers; chunks that declare the same buffers share one.
-    fn make_states(&self) -> Result<Vec<P::State>, Error> {
-        let mut states = Vec::new();
-        for chunk in &self.chunks {
-            if chunk.state == states.len() {
-                states.push(chunk.infer.make_state()?);
-            }
-        }
-        Ok(states)
-    }
-
-    /// Runs `ids` from position `start` on through embeddings and chunks.
-    fn run<'a>(
-        &'a self,
-        states: &mut [P::State],
-        ids: &[i32],
-        start: usize,
-        at: impl Fn(&'a Chunk<P>) -> Option<(&'a P, &'a Step)>,
-    ) -> Result<Tensor, Error> {
-        let ids = Tensor::from_slice(ids, (1, ids.len()), &Device::Cpu)?;
-        let embedded = self.embeddings.predict(&[(&self.ids_input, &ids)], None)?;
-        let mut hidden = take(self.embeddings.name(), embedded, &self.embeddings_output)?;
-        let mut feeds: Option<Vec<Tensor>> = None;
-        let mut wired_for: Option<&Step> = None;
-        for chunk in &self.chunks {
-            let (part, step) = at(chunk).ok_or_else(|| none(PREFILL))?;
-            if wired_for.is_none_or(|before| before.inputs != step.inputs) {
-                feeds = Some(self.feeds(step, start, &hidden)?);
-                wired_for = Some(step);
-            }
-            let feeds = feeds.get_or_insert_default();
-            let inputs: Vec<(&str, &Tensor)> = step
-                .inputs
-                .iter()
-                .zip(feeds.iter())
-                .map(|((place, role), feed)| {
-                    (place.name(), if *role == Role::Hidden { &hidden } else { feed })
-                })
-                .collect();
-            let outputs = part.predict(&inputs, states.get_mut(chunk.state))?;
-            hidden = take(part.name(), outputs, &step.output)?;
-        }
-        Ok(hidden)
-    }
-
-    /// The tensors of a step's inputs, the hidden state's being a stand-in.
-    fn feeds(&self, step: &Step, start: usize, hidden: &Tensor) -> Result<Vec<Tensor>, Error> {
-        let feed = |(place, role): &(Place, Role)| match role {
-            Role::Hidden => Ok(hidden.clone()),
-            Role::Positions => self.masks.positions(start, place, step.rows),
-            Role::Mask => self.masks.causal(start, place, step.rows),
-            Role::Current => self.masks.positions(start, place, 1),
-            Role::Update => self.masks.update(start, place, step.rows),
-        };
-        step.inputs.iter().map(feed).collect()
-    }
-}
-
-fn wire_chunks<P: Part>(parts: Vec<P>) -> Result<Vec<Chunk<P>>, Error> {
-    let mut chunks: Vec<Chunk<P>> = Vec::with_capacity(parts.len());
-    let mut states = 0;
-    for part in parts {
-        let functions = part.functions();
-        let infer = match functions.as_slice() {
-            [_] => part,
-            several if several.iter().any(|f| f == INFER) => part.with_function(INFER)?,
-            several => {
-                return Err(Error::Wiring {
-                    part: part.name().to_owned(),
-                    function: INFER.to_owned(),
-                    what: format!("the package has no such function; it has {}", several.join(", ")),
-                });
-            }
-        };
-        let infer_step = Step::read(infer.name(), infer.interface())?;
-        if infer_step.rows != 1 {
-            let what = format!("takes {} tokens at once, needed: 1", infer_step.rows);
-            return Err(Error::Wiring {
-                part: infer.name().to_owned(),
-                function: INFER.to_owned(),
-                what,
-            });
-        }
-        let prefill = match functions.iter().any(|f| f == PREFILL) {
-            false => None,
-            true => {
-                let part = infer.with_function(PREFILL)?;
-                let step = Step::read(part.name(), part.interface())?;
-                Some((part, step))
-            }
-        };
-        let same = |other: &&Chunk<P>| other.infer.interface().states == infer.interface().states;
-        let state = chunks.iter().find(same).map_or(states, |other| other.state);
-        states = states.max(state + 1);
-        check_against_first(chunks.first(), &infer, &infer_step)?;
-        chunks.push(Chunk {
-            infer,
-            infer_step,
-            prefill,
-            state,
-        });
-    }
-    Ok(chunks)
-}
-
-fn check_against_first<P: Part>(first: Option<&Chunk<P>>, part: &P, step: &Step) -> Result<(), Error> {
-    let Some(first) = first else { return Ok(()) };
-    let expected = (first.infer_step.width, first.infer_step.mask_dtype);
-    if expected == (step.width, step.mask_dtype) {
-        return Ok(());
-    }
-    let found = (step.width, step.mask_dtype);
-    let what = format!(
-        "the mask (slots, type) is {found:?}, in {} it is {expected:?}",
-        first.infer.name()
-    );
-    Err(Error::Wiring {
-        part: part.name().to_owned(),
-        function: INFER.to_owned(),
-        what,
-    })
-}
-
-/// Rows of a prefill batch, when every chunk prefills and the embeddings take as many ids at once.
-fn common_batch<P: Part>(chunks: &[Chunk<P>], embeddings: &P, slots: usize) -> Result<Option<usize>, Error> {
-    let steps: Option<Vec<&Step>> = chunks
-        .iter()
-        .map(|chunk| chunk.prefill.as_ref().map(|(_, step)| step))
-        .collect();
-    let Some([first, rest @ ..]) = steps.as_deref() else {
-        return Ok(None);
-    };
-    if let Some(other) = rest
-        .iter()
-        .find(|step| step.rows != first.rows || step.width != first.width)
-    {
-        let what = format!(
-            "chunks prefill {} and {} tokens at once, over {} and {} slots",
-            first.rows, other.rows, first.width, other.width
-        );
-        return Err(Error::Wiring {
-            part: chunks[0].infer.name().to_owned(),
-            function: PREFILL.to_owned(),
-            what,
-        });
-    }
-    let ids = wiring::only_input(embeddings.name(), embeddings.interface())?;
-    let embeds = wiring::array(ids).is_ok_and(|array| wiring::takes(array, &[1, first.rows]));
-    if !embeds {
-        tracing::warn!(
-            rows = first.rows,
-            "the embeddings do not take a whole batch; tokens are computed one by one"
-        );
-    }
-    Ok((embeds && first.rows > 1 && first.width == slots && first.rows <= slots).then_some(first.rows))
-}
-
-/// Tokens of the vocabulary: what the head gives, cut to what the bundle says.
-fn vocabulary_size<P: Part>(head: &P, kind: &Head, vocabulary: &Vocabulary) -> Result<usize, Error> {
-    let given: Option<usize> = match kind {
-        Head::Argmax { .. } => None,
-        Head::Logits(names) => {
-            let outputs = &head.interface().outputs;
-            let last_dim = |name: &String| {
-                let output = outputs.iter().find(|o| &o.name == name)?;
-                wiring::array(output).ok()?.shape.last().copied()
-            };
-            names.iter().map(last_dim).sum()
-        }
-    };
-    match (given, vocabulary.size) {
-        (Some(given), Some(size)) => Ok(given.min(size)),
-        (Some(size), None) | (None, Some(size)) => Ok(size),
-        (None, None) => Err(Error::Wiring {
-            part: head.name().to_owned(),
-            function: head.interface().name.clone(),
-            what: "the size of the vocabulary is in neither the head's outputs nor config.json nor meta.yaml"
-                .to_owned(),
-        }),
-    }
-}
-
-fn to_id(token: u32) -> Result<i32, Error> {
-    i32::try_from(token).map_err(|_| Error::TokenOutside {
-        index: 0,
-        token,
-        vocabulary: i32::MAX as usize,
-    })
-}
-
-fn take(part: &str, outputs: Vec<(String, Tensor)>, name: &str) -> Result<Tensor, Error> {
-    outputs
-        .into_iter()
-        .find(|(n, _)| n == name)
-        .map(|(_, tensor)| tensor)
-        .ok_or_else(|| Error::Wiring {
-            part: part.to_owned(),
-            function: "outputs".to_owned(),
-            what: format!("the output `{name}` did not come"),
-        })
-}
-
-fn none(what: &str) -> Error {
-    Error::Wiring {
-        part: "bundle".to_owned(),
-        function: INFER.to_owned(),
-        what: format!("there are no {what}"),
     }
 }
 
@@ -626,8 +376,8 @@ mod tests {
         .model();
         assert_eq!((model.context_tokens(), model.vocabulary()), (96, VOCABULARY));
         let mut components = Toy::default().components(&Calls::default());
-        components.context = Some(100);
-        components.vocabulary.size = Some(290);
+        components.facts.context = Some(100);
+        components.facts.vocabulary.size = Some(290);
         let model = AnemllModel::new(components).unwrap();
         assert_eq!((model.context_tokens(), model.vocabulary()), (100, 290));
     }

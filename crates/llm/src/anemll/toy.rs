@@ -11,8 +11,9 @@ use candle_coreml_mil::{
     self as mil, ArrayDescription, Feature, FeatureType, Flexibility, FunctionDescription,
 };
 
-use super::{AnemllModel, Components, Part, Vocabulary};
+use super::{AnemllModel, ChunkParts, Components, Facts, Vocabulary};
 use crate::Error;
+use crate::part::{Part, interface};
 
 pub(crate) const WIDTH: usize = 4;
 pub(crate) const VOCABULARY: usize = 300;
@@ -93,23 +94,32 @@ impl Toy {
             calls: Arc::clone(calls),
         };
         Components {
-            embeddings: part("embeddings".to_owned(), Kind::Embeddings, vec![self.embeddings()]),
+            embeddings: Some(part(
+                "embeddings".to_owned(),
+                Kind::Embeddings,
+                vec![self.embeddings()],
+            )),
             chunks: (0..self.chunks)
-                .map(|i| {
-                    part(
+                .map(|i| ChunkParts {
+                    infer: part(
                         format!("chunk{i}"),
                         Kind::Chunk(i),
                         vec![self.chunk("prefill", self.batch), self.chunk("infer", 1)],
-                    )
+                    ),
+                    prefill: None,
+                    rotated: None,
                 })
                 .collect(),
-            head: part("head".to_owned(), Kind::Head, vec![self.head()]),
-            context: Some(self.slots),
-            vocabulary: Vocabulary {
-                size: Some(VOCABULARY),
-                part_sizes: None,
+            head: Some(part("head".to_owned(), Kind::Head, vec![self.head()])),
+            facts: Facts {
+                context: Some(self.slots),
+                vocabulary: Vocabulary {
+                    size: Some(VOCABULARY),
+                    ..Vocabulary::default()
+                },
+                one_by_one: (!self.batched_prefill).then(|| "the converter does not vouch for it".to_owned()),
+                ..Facts::default()
             },
-            batched_prefill: self.batched_prefill,
         }
     }
 
@@ -276,6 +286,10 @@ impl Part for ToyPart {
         self.functions.iter().map(|f| f.name.clone()).collect()
     }
 
+    fn written(&self, _key: &str) -> Option<String> {
+        None
+    }
+
     fn with_function(&self, function: &str) -> Result<Self, Error> {
         let at = self.functions.iter().position(|f| f.name == function).unwrap();
         Ok(ToyPart { at, ..self.clone() })
@@ -321,9 +335,9 @@ impl Part for ToyPart {
         let declared: Vec<&str> = self.interface().inputs.iter().map(|i| i.name.as_str()).collect();
         assert_eq!(inputs.iter().map(|(name, _)| *name).collect::<Vec<_>>(), declared);
         for ((name, tensor), feature) in inputs.iter().zip(&self.interface().inputs) {
-            let array = super::wiring::array(feature).unwrap();
+            let array = interface::array(feature).unwrap();
             assert!(
-                super::wiring::takes(array, tensor.dims()),
+                interface::takes(array, tensor.dims()),
                 "`{name}` of {} is {:?}",
                 self.name,
                 tensor.dims()

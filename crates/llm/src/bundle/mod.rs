@@ -2,7 +2,9 @@
 
 mod config;
 mod files;
+mod layout;
 mod meta;
+mod model_config;
 mod parts;
 
 use std::collections::BTreeMap;
@@ -10,18 +12,25 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_coreml::{ComputeUnits, CoreMLModelBuilder, EngineKind, Numerics, Source};
+use candle_coreml_mil as mil;
 
 use sha2::{Digest, Sha256};
 
-use crate::anemll::{AnemllModel, Components, CoreMlPart, Vocabulary};
+use crate::anemll::{AnemllModel, ChunkParts, Components, Facts};
 use crate::model::LanguageModel;
+use crate::part::head::Vocabulary;
+use crate::part::{CoreMlPart, Described, Part};
+use crate::single::{PackageFacts, Stateful, Stateless};
 use crate::template::{ChatTemplate, Message};
 use crate::tokenizer::Tokenizer;
+use crate::wiring::Wiring;
 use crate::{Error, Session};
 pub use config::Configs;
 pub use files::Files;
+pub use layout::Layout;
 pub use meta::Meta;
-pub use parts::PartFiles;
+pub use model_config::ConfiguredFiles;
+pub use parts::{ChunkFiles, PartFiles};
 
 /// From this version on, converters say in `meta.yaml` whether batched prefill is valid; before it, it is.
 const SAYS_WHETHER_PREFILL_IS_VALID: [u32; 3] = [0, 3, 5];
@@ -46,7 +55,7 @@ pub struct Bundle {
     configs: Configs,
     tokenizer: Arc<Tokenizer>,
     template: Option<Arc<ChatTemplate>>,
-    parts: PartFiles,
+    layout: Layout,
     end_tokens: Arc<[u32]>,
 }
 
@@ -64,7 +73,7 @@ pub struct LoadOptions {
 }
 
 impl Bundle {
-    /// Reads a folder.
+    /// Reads a folder, or the folder of a `ModelConfig` JSON file.
     ///
     /// # Errors
     /// [`Error::MissingFile`] and [`Error::MissingPart`] with what is not there, [`Error::Malformed`] with what cannot
@@ -76,15 +85,22 @@ impl Bundle {
             file: path.display().to_string(),
             source,
         })?;
-        if !metadata.is_dir() {
+        if metadata.is_dir() {
+            return Self::from_files(Files::directory(path));
+        }
+        let json = path.extension().is_some_and(|ending| ending == "json");
+        let config = path.file_name().and_then(|name| name.to_str()).filter(|_| json);
+        let Some(config) = config else {
             let reason =
-                "a bundle is a folder with meta.yaml, tokenizer.json and packages; this is a file".to_owned();
+                "a bundle is a folder with tokenizer.json and packages, or a ModelConfig JSON in it; this is another file"
+                    .to_owned();
             return Err(Error::Malformed {
                 file: path.display().to_string(),
                 reason,
             });
-        }
-        Self::from_files(Files::directory(path))
+        };
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        Self::read(Files::directory(folder.unwrap_or(Path::new("."))), Some(config))
     }
 
     /// Reads files from wherever they are.
@@ -92,12 +108,17 @@ impl Bundle {
     /// # Errors
     /// As [`Bundle::open`].
     pub fn from_files(files: Files) -> Result<Self, Error> {
+        Self::read(files, None)
+    }
+
+    fn read(files: Files, config: Option<&str>) -> Result<Self, Error> {
         let meta = match files.read("meta.yaml")? {
-            Some(text) => Meta::parse(&files.full_name("meta.yaml"), &text)?,
-            None => Meta::default(),
+            Some(text) => Some(Meta::parse(&files.full_name("meta.yaml"), &text)?),
+            None => None,
         };
-        refuse_other_layouts(&files, &meta)?;
-        let parts = PartFiles::find(&files, &meta)?;
+        let layout = Layout::find(&files, meta.as_ref(), config, |package| {
+            Ok(open_description(&files, package)?.description().clone())
+        })?;
         let configs = Configs::read(&files)?;
         let json = files.read("tokenizer.json")?.ok_or_else(|| Error::MissingFile {
             bundle: files.name(),
@@ -109,11 +130,11 @@ impl Bundle {
         let end_tokens = end_tokens(&configs, &tokenizer, template.as_deref()).into();
         Ok(Bundle {
             files,
-            meta,
+            meta: meta.unwrap_or_default(),
             configs,
             tokenizer,
             template,
-            parts,
+            layout,
             end_tokens,
         })
     }
@@ -123,12 +144,8 @@ impl Bundle {
     /// # Errors
     /// [`Error::Read`] for files that cannot be read.
     pub fn fingerprint(&self) -> Result<String, Error> {
-        let parts = [&self.parts.embeddings]
-            .into_iter()
-            .chain(&self.parts.chunks)
-            .chain([&self.parts.head]);
         let mut hash = Sha256::new();
-        for part in parts {
+        for part in self.layout.packages() {
             self.files.visit(part, &mut |path, bytes| {
                 hash.update(path.as_bytes());
                 hash.update(bytes.len().to_le_bytes());
@@ -143,28 +160,144 @@ impl Bundle {
     /// # Errors
     /// [`Error::Engine`] when a package cannot be opened or run, [`Error::Wiring`] when packages do not fit each other.
     pub fn load(&self, options: &LoadOptions) -> Result<Box<dyn LanguageModel>, Error> {
-        let open = |file: &String| self.open_part(file, options);
-        let components = Components {
-            embeddings: open(&self.parts.embeddings)?,
-            chunks: self.parts.chunks.iter().map(open).collect::<Result<_, _>>()?,
-            head: open(&self.parts.head)?,
-            context: self.context_tokens(),
-            vocabulary: Vocabulary {
-                size: self
-                    .configs
-                    .number("vocab_size")
-                    .or_else(|| self.meta.number("vocab_size")),
-                part_sizes: self.meta.numbers("lm_head_chunk_sizes"),
-            },
-            batched_prefill: self.batched_prefill(),
+        let model: Box<dyn LanguageModel> = match self.assemble(|file| self.open_part(file, options))? {
+            Assembled::Functions(model) => Box::new(model),
+            Assembled::Stateful(model) => Box::new(model),
+            Assembled::Stateless(model) => Box::new(model),
         };
-        let model = AnemllModel::new(components)?;
+        self.check_vocabulary(model.vocabulary())?;
         tracing::info!(
             bundle = self.name(),
+            layout = self.layout.name(),
             context = model.context_tokens(),
             "opened a language model"
         );
-        Ok(Box::new(model))
+        Ok(model)
+    }
+
+    /// How the packages are wired, from their descriptions: nothing is compiled or run.
+    ///
+    /// # Errors
+    /// [`Error::Engine`] when a package cannot be read, [`Error::Wiring`] when packages do not fit each other.
+    pub fn wiring(&self) -> Result<Wiring, Error> {
+        let describe = |file: &str| {
+            let model = open_description(&self.files, file)?;
+            Described::new(file, model.description())
+        };
+        let name = self.layout.name();
+        let wiring = match self.assemble(describe)? {
+            Assembled::Functions(model) => model.wiring(name),
+            Assembled::Stateful(model) => model.wiring(name),
+            Assembled::Stateless(model) => model.wiring(name),
+        };
+        self.check_vocabulary(wiring.vocabulary)?;
+        Ok(wiring)
+    }
+
+    /// Wires the parts that `open` gives.
+    fn assemble<P: Part>(&self, open: impl Fn(&str) -> Result<P, Error>) -> Result<Assembled<P>, Error> {
+        let chunk = |chunk: &ChunkFiles| -> Result<ChunkParts<P>, Error> {
+            let other = |file: &Option<String>| file.as_deref().map(&open).transpose();
+            Ok(ChunkParts {
+                infer: open(&chunk.infer)?,
+                prefill: other(&chunk.prefill)?,
+                rotated: other(&chunk.rotated)?,
+            })
+        };
+        let parts = |parts: &PartFiles, facts: Facts| -> Result<Assembled<P>, Error> {
+            let components = Components {
+                embeddings: Some(open(&parts.embeddings)?),
+                chunks: parts.chunks.iter().map(chunk).collect::<Result<_, _>>()?,
+                head: Some(open(&parts.head)?),
+                facts,
+            };
+            AnemllModel::new(components).map(Assembled::Functions)
+        };
+        match &self.layout {
+            Layout::Anemll(files) => parts(files, self.facts()),
+            Layout::Configured(configured) => {
+                let mut facts = self.facts();
+                facts.context = configured.context_tokens.or(facts.context);
+                facts.vocabulary.size = configured.vocabulary.or(facts.vocabulary.size);
+                facts.renamed.clone_from(&configured.inputs);
+                facts.one_by_one = None;
+                parts(&configured.parts, facts)
+            }
+            Layout::Monolith(files) => {
+                let components = Components {
+                    embeddings: None,
+                    chunks: vec![chunk(files)?],
+                    head: None,
+                    facts: self.facts(),
+                };
+                AnemllModel::new(components).map(Assembled::Functions)
+            }
+            Layout::Stateful(file) => {
+                Stateful::new(open(file)?, &self.package_facts()).map(Assembled::Stateful)
+            }
+            Layout::Stateless(file) => {
+                Stateless::new(open(file)?, &self.package_facts()).map(Assembled::Stateless)
+            }
+        }
+    }
+
+    fn facts(&self) -> Facts {
+        let single_cache = self.meta.flag("single_cache");
+        Facts {
+            context: self.context_tokens(),
+            window: self.meta.number("sliding_window").filter(|_| !single_cache),
+            vocabulary: self.vocabulary_facts(),
+            one_by_one: (!self.batched_prefill()).then(|| self.unvouched()),
+            renamed: BTreeMap::new(),
+        }
+    }
+
+    fn package_facts(&self) -> PackageFacts {
+        PackageFacts {
+            context: self.context_tokens(),
+            positions: self.configs.number("max_position_embeddings"),
+            vocabulary: self.vocabulary_facts(),
+        }
+    }
+
+    fn vocabulary_facts(&self) -> Vocabulary {
+        let config = self.configs.number("vocab_size");
+        Vocabulary {
+            size: config.or_else(|| self.meta.number("vocab_size")),
+            part_sizes: self.meta.numbers("lm_head_chunk_sizes"),
+            tokens: Some(self.tokenizer.vocabulary()),
+            parts: self
+                .meta
+                .number("split_lm_head")
+                .or_else(|| self.meta.number("num_logits")),
+        }
+    }
+
+    fn unvouched(&self) -> String {
+        let version = match self.meta.version() {
+            Some([major, minor, patch]) => format!("version {major}.{minor}.{patch}"),
+            None => "no version".to_owned(),
+        };
+        format!(
+            "meta.yaml ({version}) sets neither `update_mask_prefill` nor `prefill_dynamic_slice`: batches of such packages \
+             write to the wrong slots"
+        )
+    }
+
+    /// A model that gives less than half as many logits as there are tokens is an encoder, or another model's.
+    fn check_vocabulary(&self, vocabulary: usize) -> Result<(), Error> {
+        let tokens = self.tokenizer.vocabulary();
+        if vocabulary >= tokens.div_ceil(2) {
+            return Ok(());
+        }
+        let last = self.layout.packages().last().copied().unwrap_or_default();
+        Err(Error::Malformed {
+            file: self.files.full_name(last),
+            reason: format!(
+                "it gives {vocabulary} values for each token, and the tokenizer has {tokens} tokens: these are no logits of \
+                 this tokenizer"
+            ),
+        })
     }
 
     /// Opens the packages and starts a conversation.
@@ -199,9 +332,9 @@ impl Bundle {
         &self.configs
     }
 
-    /// The packages.
-    pub fn parts(&self) -> &PartFiles {
-        &self.parts
+    /// How the model is laid out in packages.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
     }
 
     /// Text to ids and back.
@@ -224,12 +357,12 @@ impl Bundle {
         &self.end_tokens
     }
 
-    /// Tokens a conversation may have, where the bundle says so. A sliding window is the limit where packages for
-    /// positions past it are not in use.
+    /// Tokens a conversation may have, where `meta.yaml` says so. Packages may bound it further:
+    /// [`LanguageModel::context_tokens`] has what holds.
     pub fn context_tokens(&self) -> Option<usize> {
         let context = self.meta.number("context_length");
-        let window = self.meta.number("sliding_window");
-        [context, window].into_iter().flatten().min()
+        let state = self.meta.number("state_length");
+        [context, state].into_iter().flatten().min()
     }
 
     /// False for bundles whose batched prefill is known, or not known not, to write wrong cache slots.
@@ -242,7 +375,7 @@ impl Bundle {
                 .is_some_and(|version| version < SAYS_WHETHER_PREFILL_IS_VALID)
     }
 
-    fn open_part(&self, file: &String, options: &LoadOptions) -> Result<CoreMlPart, Error> {
+    fn open_part(&self, file: &str, options: &LoadOptions) -> Result<CoreMlPart, Error> {
         let builder = match (self.files.path(), self.files.below(file)) {
             (None, Some(inside)) => {
                 let rooted: BTreeMap<_, _> = inside
@@ -269,25 +402,28 @@ impl Bundle {
     }
 }
 
-fn refuse_other_layouts(files: &Files, meta: &Meta) -> Result<(), Error> {
-    let unsupported = |what: &str| {
-        Err(Error::Unsupported {
-            file: files.name(),
-            what: what.to_owned(),
-        })
+/// A model of one of the kinds that layouts lead to.
+enum Assembled<P: Part> {
+    Functions(AnemllModel<P>),
+    Stateful(Stateful<P>),
+    Stateless(Stateless<P>),
+}
+
+/// Reads a package without an engine.
+fn open_description(files: &Files, package: &str) -> Result<mil::Model, Error> {
+    let model = match (files.path(), files.below(package)) {
+        (None, Some(inside)) => {
+            let rooted = inside
+                .into_iter()
+                .map(|(path, bytes)| (format!("{package}/{path}"), bytes));
+            mil::Model::open_source(mil::Source::memory(rooted.collect()), package)
+        }
+        (path, _) => mil::Model::open(path.unwrap_or(Path::new("")).join(package)),
     };
-    if meta.model_type().is_some_and(|kind| kind == "monolithic") {
-        return unsupported(
-            "a monolithic bundle; supported: embeddings, FFN_PF chunks and lm_head as separate packages",
-        );
-    }
-    let has = |file: &str| files.contains(file);
-    if !has("meta.yaml") && (has("model.mlpackage") || has("model.mlmodelc")) {
-        return unsupported(
-            "a single package; supported: embeddings, FFN_PF chunks and lm_head as separate packages",
-        );
-    }
-    Ok(())
+    model.map_err(|e| Error::Engine {
+        part: files.full_name(package),
+        source: Box::new(e),
+    })
 }
 
 fn read_template(configs: &Configs) -> Result<Option<ChatTemplate>, Error> {
@@ -388,19 +524,19 @@ mod tests {
     }
 
     #[test]
-    fn a_sliding_window_bounds_the_context() {
-        let meta = "model_info: {parameters: {context_length: 4096, sliding_window: 512}}";
+    fn the_shorter_of_context_and_state_bounds_a_conversation() {
+        let meta = "model_info: {parameters: {context_length: 4096, state_length: 2048}}";
         let bundle = Bundle::from_files(files(&[("meta.yaml", meta)])).unwrap();
-        assert_eq!(bundle.context_tokens(), Some(512));
+        assert_eq!(bundle.context_tokens(), Some(2048));
     }
 
     #[test]
     fn what_is_missing_or_not_run_is_said() {
         let error = |files: Files| Bundle::from_files(files).unwrap_err().to_string();
         let mono = files(&[("meta.yaml", "model_info: {model_type: monolithic}")]);
-        assert!(error(mono).contains("b: not supported: a monolithic bundle"));
+        assert!(error(mono).contains("b: the monolith is missing"));
         let single = Files::memory("b", [("model.mlpackage/Manifest.json".to_owned(), Bytes::new())]);
-        assert!(error(single).contains("a single package"));
+        assert!(error(single).starts_with("b/model.mlpackage: "));
         let packages = ["x_embeddings", "x_FFN_PF_chunk_01of01", "x_lm_head"];
         let bare = packages.map(|p| (format!("{p}.mlpackage/Manifest.json"), Bytes::new()));
         assert_eq!(

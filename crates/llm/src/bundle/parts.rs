@@ -1,4 +1,4 @@
-//! Which packages of a bundle are its embeddings, its chunks and its language head.
+//! Which packages of a bundle are its embeddings, its chunks and its language head, or which one is all of them.
 
 use super::files::Files;
 use super::meta::Meta;
@@ -11,13 +11,43 @@ const MOST_CHUNKS: usize = 256;
 
 /// File names of the parts of a multi-component bundle, each inside the bundle.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct PartFiles {
     /// Token ids to hidden states.
     pub embeddings: String,
     /// The transformer layers in the order they run.
-    pub chunks: Vec<String>,
+    pub chunks: Vec<ChunkFiles>,
     /// Hidden state to logits.
     pub head: String,
+}
+
+/// File names of one chunk of layers, or of a monolith.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ChunkFiles {
+    /// The package with the function for one token, and with all others that have no package of their own.
+    pub infer: String,
+    /// The package with the function for batches, where that is another.
+    pub prefill: Option<String>,
+    /// The package with rotation functions, where that is another.
+    pub rotated: Option<String>,
+}
+
+impl ChunkFiles {
+    /// All functions in one package.
+    pub(crate) fn one(file: String) -> Self {
+        ChunkFiles {
+            infer: file,
+            prefill: None,
+            rotated: None,
+        }
+    }
+
+    /// The packages there are.
+    pub fn packages(&self) -> impl Iterator<Item = &str> {
+        let more = [&self.prefill, &self.rotated].into_iter().flatten();
+        [&self.infer].into_iter().chain(more).map(String::as_str)
+    }
 }
 
 impl PartFiles {
@@ -27,11 +57,7 @@ impl PartFiles {
     /// [`Error::MissingPart`] with the names tried, [`Error::IncompletePart`] for a package that is not whole,
     /// [`Error::Unsupported`] when several sets of parts lie in one bundle.
     pub(crate) fn find(files: &Files, meta: &Meta) -> Result<Self, Error> {
-        let search = Search {
-            files,
-            entries: files.entries()?,
-            meta,
-        };
+        let search = Search::new(files, meta)?;
         let embeddings = search.single("embeddings", "embeddings", "lut_embeddings")?;
         let chunks = search.chunks()?;
         let head = search.single("language head", "lm_head", "lut_lmhead")?;
@@ -41,6 +67,94 @@ impl PartFiles {
             head,
         })
     }
+
+    /// The packages in the order they run.
+    pub fn packages(&self) -> impl Iterator<Item = &str> {
+        let chunks = self.chunks.iter().flat_map(ChunkFiles::packages);
+        [self.embeddings.as_str()]
+            .into_iter()
+            .chain(chunks)
+            .chain([self.head.as_str()])
+    }
+}
+
+/// Finds the package of a monolith.
+///
+/// # Errors
+/// As [`PartFiles::find`].
+pub(crate) fn find_monolith(files: &Files, meta: &Meta) -> Result<ChunkFiles, Error> {
+    let search = Search::new(files, meta)?;
+    let mut names: Vec<String> = meta.word("monolithic_model").into_iter().collect();
+    if let Some(prefix) = meta.word("model_prefix") {
+        names.extend(search.with_luts(&format!("{prefix}_monolithic_full"), "", "lut_bits"));
+    }
+    let infer = match search.first_complete(&names)? {
+        Some(found) => found,
+        None => search.only_one("monolith", names, |stem| {
+            stem.contains("monolithic") && !is_rotated(stem)
+        })?,
+    };
+    let rotated = search.beside(&infer, |stem| is_rotated(stem).then(|| without_rotated(stem)))?;
+    Ok(ChunkFiles {
+        infer,
+        prefill: None,
+        rotated,
+    })
+}
+
+/// The package `path` of a description stands for: at that place in the bundle, or of that name, with either ending.
+///
+/// # Errors
+/// As [`PartFiles::find`].
+pub(crate) fn find_named(files: &Files, part: &str, path: &str) -> Result<String, Error> {
+    let meta = Meta::default();
+    let search = Search::new(files, &meta)?;
+    let slashes = path.replace('\\', "/");
+    let name = slashes
+        .rsplit('/')
+        .find(|name| !name.is_empty())
+        .unwrap_or_default()
+        .to_owned();
+    let inside = !slashes.starts_with('/') && slashes.split('/').all(|piece| piece != "..");
+    let relative = inside.then(|| slashes.trim_start_matches("./").trim_end_matches('/').to_owned());
+    let mut names: Vec<String> = relative
+        .into_iter()
+        .chain([name])
+        .filter(|name| !name.is_empty())
+        .collect();
+    names.dedup();
+    search
+        .first_complete(&names)?
+        .ok_or_else(|| search.missing(part, names))
+}
+
+/// Stems of all models at the top of a bundle, a package and its compiled form as one.
+pub(crate) fn model_stems(files: &Files) -> Result<Vec<String>, Error> {
+    let entries = files.entries()?;
+    let mut stems: Vec<String> = entries
+        .iter()
+        .filter_map(|entry| stem(entry))
+        .map(str::to_owned)
+        .collect();
+    stems.dedup();
+    Ok(stems)
+}
+
+/// The whole package with this stem.
+///
+/// # Errors
+/// As [`PartFiles::find`].
+pub(crate) fn find_stem(files: &Files, stem: &str) -> Result<String, Error> {
+    find_named(files, "model", stem)
+}
+
+/// True for names of parts of a multi-component bundle.
+pub(crate) fn is_part(stem: &str) -> bool {
+    let bare = without_lut(stem);
+    let ends = ["embeddings", "lm_head"]
+        .iter()
+        .any(|word| bare == *word || bare.ends_with(&format!("_{word}")));
+    ends || chunk_numbers(stem).is_some()
 }
 
 struct Search<'a> {
@@ -49,7 +163,15 @@ struct Search<'a> {
     meta: &'a Meta,
 }
 
-impl Search<'_> {
+impl<'a> Search<'a> {
+    fn new(files: &'a Files, meta: &'a Meta) -> Result<Self, Error> {
+        Ok(Search {
+            files,
+            entries: files.entries()?,
+            meta,
+        })
+    }
+
     /// The part called `{prefix}_{word}`.
     fn single(&self, part: &str, word: &str, lut_key: &str) -> Result<String, Error> {
         let mut names: Vec<String> = self.meta.word(word).into_iter().collect();
@@ -66,7 +188,7 @@ impl Search<'_> {
         self.only_one(part, names, fits)
     }
 
-    fn chunks(&self) -> Result<Vec<String>, Error> {
+    fn chunks(&self) -> Result<Vec<ChunkFiles>, Error> {
         let total = match self.meta.number("num_chunks").or_else(|| self.totals_seen()) {
             Some(total @ 1..=MOST_CHUNKS) => total,
             Some(total) => {
@@ -81,22 +203,43 @@ impl Search<'_> {
         (1..=total).map(|number| self.chunk(number, total)).collect()
     }
 
-    fn chunk(&self, number: usize, total: usize) -> Result<String, Error> {
+    fn chunk(&self, number: usize, total: usize) -> Result<ChunkFiles, Error> {
         let suffix = format!("_chunk_{number:02}of{total:02}");
         let mut names = Vec::new();
         if let Some(first) = self.meta.word("ffn") {
             names.extend(same_set(&first, &suffix));
         }
         if let Some(prefix) = self.meta.word("model_prefix") {
-            names.extend(self.with_luts(&format!("{prefix}_FFN_PF"), &suffix, "lut_ffn"));
-        }
-        if let Some(found) = self.first_complete(&names)? {
-            return Ok(found);
+            for word in ["FFN_PF", "FFN"] {
+                names.extend(self.with_luts(&format!("{prefix}_{word}"), &suffix, "lut_ffn"));
+            }
         }
         let part = format!("chunk {number} of {total}");
-        self.only_one(&part, names, |stem| {
-            stem.contains("FFN_PF") && chunk_numbers(stem) == Some((number, total))
+        let ours = |stem: &str, word: &str| {
+            stem.contains(word) && chunk_numbers(stem) == Some((number, total)) && !is_rotated(stem)
+        };
+        let infer = match self.first_complete(&names)? {
+            Some(found) => found,
+            None => self.only_one(&part, names, |stem| ours(stem, "FFN"))?,
+        };
+        let rotated = self.beside(&infer, |stem| is_rotated(stem).then(|| without_rotated(stem)))?;
+        // A set that was not combined has files for batches beside those for single tokens.
+        let prefill = self.beside(&infer, |stem| {
+            ours(stem, "_prefill").then(|| stem.replace("_prefill", "_FFN"))
+        })?;
+        Ok(ChunkFiles {
+            infer,
+            prefill,
+            rotated,
         })
+    }
+
+    /// The model whose stem `leads` to that of `file`.
+    fn beside(&self, file: &str, leads: impl Fn(&str) -> Option<String>) -> Result<Option<String>, Error> {
+        let wanted = stem(file).unwrap_or(file);
+        let fits = |found: &&str| leads(found).is_some_and(|to| to == wanted);
+        let found = self.entries.iter().filter_map(|entry| stem(entry)).find(fits);
+        found.map_or(Ok(None), |found| self.first_complete(&[found.to_owned()]))
     }
 
     /// `stem_lutN` and `stem`, each followed by `suffix`.
@@ -111,7 +254,7 @@ impl Search<'_> {
     fn totals_seen(&self) -> Option<usize> {
         let stems = self.entries.iter().filter_map(|entry| stem(entry));
         stems
-            .filter(|s| s.contains("FFN_PF"))
+            .filter(|s| s.contains("FFN"))
             .find_map(chunk_numbers)
             .map(|(_, total)| total)
     }
@@ -200,10 +343,24 @@ fn without_lut(stem: &str) -> &str {
     }
 }
 
-/// II and NN of `..._chunk_IIofNN`.
+/// II and NN of `..._chunk_IIofNN` and `..._chunk_IIofNN_rot`.
 fn chunk_numbers(stem: &str) -> Option<(usize, usize)> {
     let (number, total) = stem.rsplit_once("_chunk_")?.1.split_once("of")?;
+    let total = total.strip_suffix("_rot").unwrap_or(total);
     Some((number.parse().ok()?, total.parse().ok()?))
+}
+
+/// Names of packages with rotation functions alone: `..._rot`, `..._FFN_rotate_...`.
+fn is_rotated(stem: &str) -> bool {
+    stem.split('_').any(|word| word == "rot" || word == "rotate")
+}
+
+fn without_rotated(stem: &str) -> String {
+    let words: Vec<&str> = stem
+        .split('_')
+        .filter(|word| *word != "rot" && *word != "rotate")
+        .collect();
+    words.join("_")
 }
 
 /// The name of another chunk of the set that `first` belongs to.
@@ -326,6 +483,44 @@ mod tests {
                 ],
             ),
             (
+                "rotation functions in files of their own",
+                two,
+                &[
+                    "q_FFN_PF_chunk_01of02.mlmodelc",
+                    "q_FFN_PF_chunk_01of02_rot.mlmodelc",
+                    "q_FFN_PF_chunk_02of02.mlmodelc",
+                    "q_FFN_PF_chunk_02of02_rot.mlmodelc",
+                    "q_embeddings.mlmodelc",
+                    "q_lm_head.mlmodelc",
+                ],
+                &[
+                    "q_embeddings.mlmodelc",
+                    "q_FFN_PF_chunk_01of02.mlmodelc",
+                    "q_FFN_PF_chunk_01of02_rot.mlmodelc",
+                    "q_FFN_PF_chunk_02of02.mlmodelc",
+                    "q_FFN_PF_chunk_02of02_rot.mlmodelc",
+                    "q_lm_head.mlmodelc",
+                ],
+            ),
+            (
+                "functions that were not combined",
+                "model_prefix: q, num_chunks: 1, lut_ffn: 4",
+                &[
+                    "q_FFN_lut4_chunk_01of01.mlpackage",
+                    "q_FFN_rotate_lut4_chunk_01of01.mlpackage",
+                    "q_prefill_lut4_chunk_01of01.mlpackage",
+                    "q_embeddings.mlpackage",
+                    "q_lm_head.mlpackage",
+                ],
+                &[
+                    "q_embeddings.mlpackage",
+                    "q_FFN_lut4_chunk_01of01.mlpackage",
+                    "q_prefill_lut4_chunk_01of01.mlpackage",
+                    "q_FFN_rotate_lut4_chunk_01of01.mlpackage",
+                    "q_lm_head.mlpackage",
+                ],
+            ),
+            (
                 "a broken compiled form beside a whole package",
                 "",
                 &[
@@ -344,7 +539,7 @@ mod tests {
         let mut failures = Vec::new();
         for (case, parameters, packages, expected) in cases {
             let found = PartFiles::find(&bundle(packages), &meta(parameters));
-            let names = found.map(|p| [vec![p.embeddings], p.chunks, vec![p.head]].concat());
+            let names = found.map(|p| p.packages().map(str::to_owned).collect::<Vec<_>>());
             if names
                 .as_ref()
                 .ok()

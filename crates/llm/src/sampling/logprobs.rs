@@ -14,8 +14,8 @@ impl Logprobs {
     pub(crate) fn of(logits: &[f32], token: u32, count: usize) -> Self {
         let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let parts = logits.iter().filter(|l| !l.is_nan());
-        let total: f64 = parts.map(|l| f64::from(l - most).exp()).sum();
-        let norm = f64::from(most) + total.ln();
+        let total: f64 = parts.map(|l| libm::exp(f64::from(l - most))).sum();
+        let norm = f64::from(most) + libm::log(total);
         let of = |logit: f32| (f64::from(logit) - norm) as f32;
         let mut order: Vec<u32> = (0u32..)
             .zip(logits)

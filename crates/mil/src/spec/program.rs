@@ -118,7 +118,7 @@ fn value_type(ty: &pb::ValueType) -> Result<ValueType> {
         Type::ListType(l) => {
             let len = match l.length.as_ref().map(dimension).transpose()? {
                 Some(Dim::Fixed(n)) => Some(n),
-                Some(Dim::Unknown) | None => None,
+                Some(Dim::Unknown | Dim::Variadic) | None => None,
             };
             ValueType::List {
                 element: Box::new(optional_type(l.r#type.as_deref())?),
@@ -154,7 +154,7 @@ fn dimension(d: &pb::Dimension) -> Result<Dim> {
         Some(Dimension::Constant(c)) => usize::try_from(c.size)
             .map(Dim::Fixed)
             .map_err(|_| problem!("dimension {} is too large", c.size)),
-        Some(Dimension::Unknown(u)) if u.variadic => Err(problem!("variadic dimensions are not supported")),
+        Some(Dimension::Unknown(u)) if u.variadic => Ok(Dim::Variadic),
         Some(Dimension::Unknown(_)) => Ok(Dim::Unknown),
         None => Err(problem!("a dimension that is neither constant nor unknown")),
     }

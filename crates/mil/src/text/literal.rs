@@ -148,7 +148,7 @@ impl TensorReader {
             .iter()
             .map(|d| match d {
                 Dim::Fixed(n) => Some(*n),
-                Dim::Unknown => None,
+                Dim::Unknown | Dim::Variadic => None,
             })
             .collect();
         TensorReader {

@@ -272,7 +272,12 @@ fn tensor_type(s: &mut Scanner) -> Result<TensorType> {
         if shape.len() == MAX_RANK {
             return s.fail(format!("more than {MAX_RANK} dimensions"));
         }
-        shape.push(size(s)?.map_or(Dim::Unknown, Dim::Fixed));
+        let dim = if s.accept("*") {
+            Dim::Variadic
+        } else {
+            size(s)?.map_or(Dim::Unknown, Dim::Fixed)
+        };
+        shape.push(dim);
     }
     Ok(TensorType { dtype, shape })
 }
@@ -310,6 +315,19 @@ mod tests {
         assert_eq!(ops[0].input("loop_vars").unwrap().len(), 2);
         assert_eq!(ops[0].blocks[1].outputs, ["e", "d"]);
         assert!(ops[1].outputs.is_empty());
+    }
+
+    #[test]
+    fn a_result_of_any_rank_stays_one() {
+        let text = "program(1.0)\n{\n    func f<ios16>(tensor<int32, [?]> s) {\n            tensor<fp32, [*]> y = fill(shape = s);\n        } -> (y);\n}";
+        let program = parse_program(text, "t").unwrap();
+        let again = parse_program(&crate::text::print_program(&program), "t").unwrap();
+        assert_eq!(program, again);
+        let ty = program.functions[0].body.operations[0].outputs[0]
+            .ty
+            .tensor()
+            .unwrap();
+        assert!(ty.is_variadic() && ty.admits(&[]) && ty.admits(&[2, 3]));
     }
 
     #[test]

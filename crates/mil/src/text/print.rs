@@ -336,7 +336,7 @@ fn sizes(ty: &TensorType, count: usize) -> Vec<usize> {
     let mut unknown = count / fixed.max(1);
     let size = |d: &Dim| match d {
         Dim::Fixed(n) => *n,
-        Dim::Unknown => std::mem::replace(&mut unknown, 1),
+        Dim::Unknown | Dim::Variadic => std::mem::replace(&mut unknown, 1),
     };
     ty.shape.iter().map(size).collect()
 }

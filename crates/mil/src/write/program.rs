@@ -121,6 +121,7 @@ fn dimension(dim: Dim) -> pb::Dimension {
         dimension: Some(match dim {
             Dim::Fixed(n) => Dimension::Constant(ConstantDimension { size: n as u64 }),
             Dim::Unknown => Dimension::Unknown(UnknownDimension { variadic: false }),
+            Dim::Variadic => Dimension::Unknown(UnknownDimension { variadic: true }),
         }),
     }
 }

@@ -9,7 +9,7 @@ use crate::layout::{Shape, checked_elements};
 use crate::op::Op;
 use bytes::Bytes;
 use candle_coreml_kernels::Weights;
-use candle_coreml_mil::{self as mil, Argument, DType, Dim};
+use candle_coreml_mil::{self as mil, Argument, DType};
 use smallvec::SmallVec;
 use std::sync::Arc;
 
@@ -386,13 +386,7 @@ impl<'a, 'm> OpCx<'a, 'm> {
             let id = id.ok_or_else(|| format!("internal: result {:?} was not bound", out.name))?;
             let have = &self.low.graph.value(*id).shape;
             let Some(declared) = out.ty.tensor() else { continue };
-            let fits = declared.shape.len() == have.len()
-                && declared
-                    .shape
-                    .iter()
-                    .zip(have)
-                    .all(|(d, &h)| *d == Dim::Unknown || *d == Dim::Fixed(h));
-            if !fits {
+            if !declared.admits(have) {
                 let text = format!(
                     "result {:?} is declared {:?} but has shape {:?}",
                     out.name, declared.shape, have

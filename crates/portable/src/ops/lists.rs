@@ -29,7 +29,7 @@ fn element_shape(cx: &mut OpCx<'_, '_>) -> OpResult<Vec<Option<usize>>> {
         let dims = element.tensor().map(|t| t.shape.as_slice()).unwrap_or_default();
         let size = |d: &Dim| match d {
             Dim::Fixed(n) => Some(*n),
-            Dim::Unknown => None,
+            Dim::Unknown | Dim::Variadic => None,
         };
         return Ok(dims.iter().map(size).collect());
     }

@@ -1,0 +1,142 @@
+//! `conformance`: the tests that come with coremltools, with the portable engine under `predict`.
+
+mod asked;
+mod exceptions;
+mod record;
+mod report;
+
+use crate::python::{Environment, Result, TORCH, root};
+use asked::Asked;
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// What coremltools' tests need, in the versions they were written for.
+const SUITE: &[&str] = &[
+    "coremltools==9.0",
+    "numpy==2.0.2",
+    "pytest",
+    "pytest-xdist",
+    "scikit-learn==1.5.1",
+    "pandas",
+    "parameterized",
+    "six",
+    "pillow",
+    "scipy",
+];
+
+/// Bound of the tolerances that tests ask for: they allow 0.5 for fp16, which proves little.
+const TOLERANCE: &str = "2e-2";
+
+/// Files of a run.
+struct Files {
+    /// One line a test that ended.
+    record: PathBuf,
+    /// Names of the tests of the default configuration.
+    default: PathBuf,
+    /// Names of the tests that need not run.
+    done: PathBuf,
+}
+
+/// Runs the tests that are asked for and reports what became of them.
+pub fn run(arguments: &[String]) -> Result<()> {
+    let asked = Asked::new(arguments)?;
+    let packages = [SUITE, if asked.torch { TORCH } else { &[] }].concat();
+    let env = Environment::make(&packages, asked.quick)?;
+    if asked.torch {
+        // It would bring another torch along.
+        env.install(&["--no-deps", "torchvision==0.22.1"])?;
+    }
+    let files = Files::new(&env.folder, &asked)?;
+    if asked.full && !(asked.resume && files.default.is_file()) {
+        let mut collect = pytest(&env, &asked, &files, false)?;
+        collect
+            .args(["--collect-only", "-qq"])
+            .env("CONFORMANCE_NAMES", &files.default)
+            .stdout(std::process::Stdio::null());
+        finish(&mut collect)?;
+    }
+    let mut tests = pytest(&env, &asked, &files, asked.full)?;
+    tests
+        .args(["-n", &asked.jobs.to_string()])
+        .env("CONFORMANCE_RECORD", &files.record)
+        .env("CONFORMANCE_DONE", &files.done);
+    finish(&mut tests)?;
+    conclude(&asked, arguments, &files)
+}
+
+impl Files {
+    fn new(folder: &Path, asked: &Asked) -> Result<Self> {
+        let files = Files {
+            record: folder.join("record.jsonl"),
+            default: folder.join("default.txt"),
+            done: folder.join("done.txt"),
+        };
+        let mut done = Vec::new();
+        if asked.resume && files.record.is_file() {
+            let outcomes = record::read(&files.record)?;
+            let kept = outcomes.into_iter().filter(|o| !(asked.retry && o.failed()));
+            done.extend(kept.map(|o| o.test));
+        } else {
+            let _ = fs::remove_file(&files.record);
+        }
+        fs::write(&files.done, done.join("\n")).map_err(|e| format!("{}: {e}", files.done.display()))?;
+        Ok(files)
+    }
+}
+
+/// pytest with the plugin, on the tests that are asked for.
+fn pytest(env: &Environment, asked: &Asked, files: &Files, full: bool) -> Result<Command> {
+    let mut command = env.python();
+    command
+        .current_dir(env.packages()?)
+        .args(["-m", "pytest", "-p", "candle_conformance"])
+        .args(["-p", "no:cacheprovider", "-p", "no:warnings"])
+        .args(["-q", "--tb=no", "-o", "log_file="])
+        .args(&asked.tests)
+        .env("PYTHONPATH", root().join("crates/python/conformance"))
+        .env("CONFORMANCE_EVERY", asked.every.to_string())
+        .env("CONFORMANCE_PART", asked.part.to_string())
+        .env("CONFORMANCE_PRECISION", asked.precision.unwrap_or_default())
+        .env("CONFORMANCE_ATOL", TOLERANCE)
+        .env("CONFORMANCE_RTOL", TOLERANCE)
+        .env("PYMIL_TEST_TARGETS", "mlprogram")
+        .env("INCLUDE_MIL_FP32_UNIT_TESTS", "1")
+        .env("CANDLE_COREML_THREADS", "1")
+        .env("OMP_NUM_THREADS", "1");
+    if full {
+        command.env("RUN_BACKWARD_COMPATIBILITY", "1");
+    }
+    debug_assert!(files.done.is_file());
+    Ok(command)
+}
+
+/// Runs it to its end. Tests that fail are what the record is for.
+fn finish(command: &mut Command) -> Result<()> {
+    command
+        .status()
+        .map(drop)
+        .map_err(|e| format!("{command:?}: {e}"))
+}
+
+fn conclude(asked: &Asked, arguments: &[String], files: &Files) -> Result<()> {
+    let mut outcomes = record::read(&files.record)?;
+    if !asked.torch {
+        let all = outcomes.len();
+        outcomes.retain(|outcome| !outcome.asks_for_torch());
+        println!("{} tests ask for PyTorch and are left out", all - outcomes.len());
+    }
+    let default = match asked.full {
+        true => record::names(&files.default)?,
+        false => BTreeSet::new(),
+    };
+    let report = report::Report::new(&outcomes, asked.full.then_some(&default));
+    let text = report.render(&Asked::command(arguments));
+    println!("{text}");
+    if asked.write {
+        let path = root().join("docs/CONFORMANCE.md");
+        fs::write(&path, &text).map_err(|e| format!("{}: {e}", path.display()))?;
+    }
+    report.verdict()
+}

@@ -1,0 +1,153 @@
+//! The record of a run: one JSON line a test, written by the pytest plugin as tests end, so that a run that was cut can go on.
+
+use super::asked::OPS;
+use super::exceptions::{EXCEPTIONS, Exception};
+use crate::python::Result;
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+/// What became of one test.
+pub struct Outcome {
+    pub test: String,
+    /// Its folder, without what all operator tests have in common.
+    pub directory: String,
+    /// The operation set of the last program it asked for a prediction.
+    pub opset: &'static str,
+    /// "fp32", "fp16" or nothing.
+    pub precision: String,
+    pub ending: Ending,
+    /// True when something was predicted.
+    pub reached: bool,
+    pub reason: String,
+    pub seconds: f64,
+    pub loads_us: Vec<u64>,
+}
+
+/// How a test ended.
+#[derive(Clone, Copy)]
+pub enum Ending {
+    Passed,
+    Skipped,
+    /// It cannot pass, and why.
+    Explained(&'static Exception),
+    Failed,
+}
+
+impl Outcome {
+    fn new(line: &str) -> Option<Self> {
+        let line: Value = serde_json::from_str(line).ok()?;
+        let text = |key: &str| line[key].as_str().unwrap_or_default().to_string();
+        let numbers = |key: &str| -> Vec<u64> {
+            let array = line[key].as_array();
+            array.map_or_else(Vec::new, |a| a.iter().filter_map(Value::as_u64).collect())
+        };
+        let (test, reason, versions) = (text("test"), text("reason"), numbers("reached"));
+        let directory = test.split("::").next().unwrap_or_default();
+        let directory = directory.strip_prefix(OPS).unwrap_or(directory);
+        let directory = directory.trim_start_matches('/').split("/test_").next();
+        Some(Outcome {
+            directory: directory.unwrap_or_default().to_string(),
+            opset: opset(versions.last().copied()),
+            precision: text("precision"),
+            ending: match text("outcome").as_str() {
+                "passed" => Ending::Passed,
+                "failed" => EXCEPTIONS
+                    .iter()
+                    .find(|e| e.fits(&test, &reason))
+                    .map_or(Ending::Failed, Ending::Explained),
+                _ => Ending::Skipped,
+            },
+            reached: !versions.is_empty(),
+            seconds: line["seconds"].as_f64().unwrap_or_default(),
+            loads_us: numbers("loads_us"),
+            test,
+            reason,
+        })
+    }
+
+    pub fn failed(&self) -> bool {
+        matches!(self.ending, Ending::Failed | Ending::Explained(_))
+    }
+
+    /// It failed where Python found no PyTorch, before anything was predicted.
+    pub fn asks_for_torch(&self) -> bool {
+        let words = ["name 'torch' is not defined", "No module named 'torch'"];
+        self.failed() && !self.reached && words.iter().any(|w| self.reason.contains(w))
+    }
+
+    /// It makes a neural network, which is another format.
+    pub fn is_another_format(&self) -> bool {
+        self.failed() && self.reason.contains("the model is a neuralNetwork")
+    }
+}
+
+/// The operation set that belongs to a specification version.
+fn opset(version: Option<u64>) -> &'static str {
+    match version {
+        Some(6) => "iOS15",
+        Some(7) => "iOS16",
+        Some(8) => "iOS17",
+        Some(9) => "iOS18",
+        Some(10) => "iOS26",
+        Some(_) => "older",
+        None => "-",
+    }
+}
+
+/// The outcomes in the text of a record: of several of one test the last counts, and a line that was cut does not.
+pub fn outcomes(text: &str) -> Vec<Outcome> {
+    let mut last = BTreeMap::new();
+    for outcome in text.lines().filter_map(Outcome::new) {
+        last.insert(outcome.test.clone(), outcome);
+    }
+    last.into_values().collect()
+}
+
+pub fn read(path: &Path) -> Result<Vec<Outcome>> {
+    let text = fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
+    Ok(outcomes(&text))
+}
+
+/// Names in a file, one a line.
+pub fn names(path: &Path) -> Result<BTreeSet<String>> {
+    let text = fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
+    Ok(text.lines().map(str::to_string).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_test_without_pytorch_is_told_from_one_that_fails() {
+        for (reached, reason, expected) in [
+            ("[]", "NameError: name 'torch' is not defined", true),
+            ("[]", "ModuleNotFoundError: No module named 'torch'", true),
+            ("[8]", "NameError: name 'torch' is not defined", false),
+            ("[]", "no such operator", false),
+        ] {
+            let line = format!(
+                r#"{{"test": "a.py::t", "outcome": "failed", "reached": {reached}, "reason": "{reason}"}}"#
+            );
+            let all = outcomes(&line);
+            let found: Vec<bool> = all.iter().map(Outcome::asks_for_torch).collect();
+            assert_eq!(found, [expected], "{reached} {reason}");
+        }
+    }
+
+    #[test]
+    fn of_a_test_that_ran_twice_the_last_outcome_counts_and_a_cut_line_is_left_out() {
+        let text = concat!(
+            r#"{"test": "a.py::t", "outcome": "failed", "reached": [8], "reason": "x"}"#,
+            "\n",
+            r#"{"test": "a.py::t", "outcome": "passed", "reached": [8], "reason": ""}"#,
+            "\n",
+            r#"{"test": "a.py::u", "outco"#,
+        );
+        let all = outcomes(text);
+        assert_eq!(all.len(), 1);
+        assert!(all.iter().all(|o| matches!(o.ending, Ending::Passed)));
+    }
+}
