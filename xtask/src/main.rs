@@ -50,7 +50,7 @@ const USAGE: &str = "cargo xtask COMMAND
   apple-fake [CARGO ARGUMENTS]           the Apple engine against stand-in classes on GNUstep (default: test)
   apple-report [MODEL]                   on a Mac: tests, golden cases and the demo model on the real framework
   python [--quick]                       build and install the Python module, run its tests
-  bench [--write] [--rounds N]           beside llama.cpp and onnxruntime; --write makes docs/BENCHMARKS.md of it
+  bench [--write] [--only PARTS] [...]   beside llama.cpp and onnxruntime; --write makes docs/BENCHMARKS.md of it
   wheel                                  the Python module for this machine, in target/wheels
   conformance [OPTIONS] [TESTS]          coremltools' own tests on the engine; --write makes docs/CONFORMANCE.md of it
   lints                                  formatting, clippy, the table of operators

@@ -26,7 +26,7 @@ pub enum Numerics {
     Default,
     /// Results of fp16 operations rounded to fp16, each one; no operations merged.
     Faithful,
-    /// As `Default`, with bf16 matrix units where the machine has them.
+    /// Leave to use bf16 matrix units. No kernel of this version has them: it computes as `Default`.
     Fast,
 }
 
