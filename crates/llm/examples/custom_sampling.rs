@@ -4,7 +4,7 @@
 //!
 //! The rule here: no token comes a second time within eight.
 
-use candle_coreml_llm::{Bundle, History, LanguageModel, Prediction, Sampler, Sampling, TextStream};
+use candle_coreml_llm::{Bundle, History, Prediction, Sampler, Sampling, TextStream};
 
 fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let path = std::env::args().nth(1).unwrap_or("models/tales".to_string());
