@@ -26,9 +26,9 @@ use sizes::Sizes;
 /// and as sentence-transformers keeps it, with the files of the latter where they exist: `modules.json`,
 /// `1_Pooling/config.json`, `sentence_bert_config.json`, `config_sentence_transformers.json`.
 ///
-/// The package takes token ids and, where it declares them, attention mask, token types and positions, each [texts,
-/// tokens] or [tokens]; sizes may be fixed, enumerated or ranges. It gives the vectors of all tokens, [texts, tokens,
-/// width] (`last_hidden_state`), which are pooled here, or those of the texts, [texts, width] (`sentence_embedding`).
+/// The package takes token ids and, where it declares them, attention mask, token types and positions, each `[texts,
+/// tokens]` or `[tokens]`; sizes may be fixed, enumerated or ranges. It gives the vectors of all tokens, `[texts, tokens,
+/// width]` (`last_hidden_state`), which are pooled here, or those of the texts, `[texts, width]` (`sentence_embedding`).
 ///
 /// ```no_run
 /// use candle_coreml_llm::{EmbeddingModel, cosine_similarity};
