@@ -197,8 +197,8 @@ mod tests {
             "candle_coreml_generated_tokens_total{model=\"tales\"} 9",
             "candle_coreml_cancelled_total{model=\"tales\"} 0",
             "candle_coreml_time_to_first_token_seconds_bucket{le=\"0.05\"} 1",
-            "candle_coreml_tokens_per_second_bucket{le=\"100.0\"} 0",
-            "candle_coreml_tokens_per_second_bucket{le=\"200.0\"} 1",
+            "candle_coreml_tokens_per_second_bucket{le=\"100\"} 0",
+            "candle_coreml_tokens_per_second_bucket{le=\"200\"} 1",
         ] {
             if !text.lines().any(|l| l == line) {
                 missing.push(line);
