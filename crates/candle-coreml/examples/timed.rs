@@ -1,21 +1,23 @@
-//! Times predictions of one model for a program that compares engines: `timed MODEL INPUT.npy OUTPUT.npy THREADS NUMERICS`.
+//! Times predictions of one model for a program that compares engines: `timed MODEL INPUTS.npz OUTPUTS.npz THREADS NUMERICS`.
 //!
-//! The function's only input gets INPUT, its only output is compared with OUTPUT. A line of JSON tells what opening and the
-//! first prediction took; then each number N read from standard input makes N predictions and gives a line with the
-//! milliseconds of each. An empty line gives the peak memory.
+//! The function gets the arrays of INPUTS by name, and its results are compared with those of OUTPUTS. A line of JSON tells what
+//! opening and the first prediction took; then each number N read from standard input makes N predictions and gives a line
+//! with the milliseconds of each. An empty line gives the peak memory.
 
-use candle_core::{Device, Tensor};
-use candle_coreml::{CoreMLModel, CoreMLModelBuilder, EngineKind, Numerics};
+use candle_core::Tensor;
+use candle_coreml::{CoreMLModel, CoreMLModelBuilder, EngineKind, Numerics, Outputs};
 use std::error::Error;
 use std::io::BufRead;
 use std::time::Instant;
 
+type Arrays = Vec<(String, Tensor)>;
+
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [model, input, output, threads, numerics] = arguments.as_slice() else {
-        return Err("timed MODEL INPUT.npy OUTPUT.npy THREADS NUMERICS".into());
+    let [model, inputs, outputs, threads, numerics] = arguments.as_slice() else {
+        return Err("timed MODEL INPUTS.npz OUTPUTS.npz THREADS NUMERICS".into());
     };
-    let (input, wanted) = (Tensor::read_npy(input)?, Tensor::read_npy(output)?);
+    let (inputs, wanted) = (Tensor::read_npz(inputs)?, Tensor::read_npz(outputs)?);
     let numerics = match numerics.as_str() {
         "fast" => Numerics::Fast,
         "faithful" => Numerics::Faithful,
@@ -28,11 +30,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         .numerics(numerics)
         .load()?;
     let loaded = milliseconds(start);
-    let got = predict(&model, &input)?;
+    let got = predict(&model, &inputs)?;
     let first = milliseconds(start);
-    let error = ((&got - &wanted)?.sqr()?.sum_all()?.to_scalar::<f32>()?
-        / wanted.sqr()?.sum_all()?.to_scalar::<f32>()?)
-    .sqrt();
+    let error = error(&got, &wanted)?;
     println!("{{\"load_ms\": {loaded:.3}, \"first_ms\": {first:.3}, \"error\": {error:e}}}");
     for line in std::io::stdin().lock().lines() {
         match line?.trim().parse::<usize>() {
@@ -40,7 +40,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                 let mut times = Vec::new();
                 for _ in 0..count {
                     let start = Instant::now();
-                    predict(&model, &input)?;
+                    predict(&model, &inputs)?;
                     times.push(milliseconds(start));
                 }
                 println!("{times:?}");
@@ -51,8 +51,29 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn predict(model: &CoreMLModel, input: &Tensor) -> Result<Tensor, Box<dyn Error>> {
-    Ok(model.forward(&[input])?.to_device(&Device::Cpu)?)
+fn predict(model: &CoreMLModel, inputs: &Arrays) -> Result<Outputs, Box<dyn Error>> {
+    let given: Vec<(&str, &Tensor)> = inputs
+        .iter()
+        .map(|(name, tensor)| (name.as_str(), tensor))
+        .collect();
+    Ok(model.predict(&given)?)
+}
+
+/// The largest relative error among the results, in the Euclidean norm.
+fn error(got: &Outputs, wanted: &Arrays) -> Result<f32, Box<dyn Error>> {
+    let mut largest = 0.0;
+    for (name, wanted) in wanted {
+        let square = |tensor: Tensor| -> Result<f32, Box<dyn Error>> {
+            Ok(tensor.sqr()?.sum_all()?.to_scalar::<f32>()?)
+        };
+        let difference = square((got.tensor(name)? - wanted)?)?;
+        let relative = (difference / square(wanted.clone())?).sqrt();
+        // A result that is not a number must not pass as the smaller one.
+        if relative.is_nan() || relative > largest {
+            largest = relative;
+        }
+    }
+    Ok(largest)
 }
 
 fn milliseconds(start: Instant) -> f64 {

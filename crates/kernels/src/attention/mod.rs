@@ -13,6 +13,11 @@ use crate::matmul::{Operand, Source};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
 use crate::strided::{View, ViewMut};
+use smallvec::SmallVec;
+use std::ops::Range;
+
+/// Ranges of key positions. A causal mask leaves one, a window two at most.
+type Runs = SmallVec<[Range<usize>; 4]>;
 
 /// Up to this many query positions are handled one by one.
 const FEW_QUERIES: usize = 4;
@@ -63,7 +68,7 @@ pub fn attention(pool: &Pool, call: &Attention<'_>, y: ViewMut<'_, f32>, scratch
     }
     let runs = call.visible();
     if call.queries <= FEW_QUERIES {
-        few::run(pool, &call, &runs);
+        few::run(pool, &call, &runs, scratch);
     } else {
         many::run(pool, &call, &runs, scratch);
     }
@@ -138,22 +143,17 @@ impl Call {
     }
 
     /// Ranges of key positions that some query of some head sees.
-    fn visible(&self) -> Vec<std::ops::Range<usize>> {
+    fn visible(&self) -> Runs {
+        let mut runs = Runs::new();
         let Some((_, steps)) = self.mask else {
-            return vec![0..self.keys];
+            runs.push(0..self.keys);
+            return runs;
         };
         let heads = if steps[0] == 0 { 1 } else { self.heads };
         let queries = if steps[1] == 0 { 1 } else { self.queries };
-        let mut hidden = vec![true; self.keys];
-        for h in 0..heads {
-            for s in 0..queries {
-                for (t, hidden) in hidden.iter_mut().enumerate() {
-                    *hidden &= self.mask_at(h, s, t) == f32::NEG_INFINITY;
-                }
-            }
-        }
-        let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
-        for t in (0..self.keys).filter(|t| !hidden[*t]) {
+        let seen =
+            |t: usize| (0..heads).any(|h| (0..queries).any(|s| self.mask_at(h, s, t) != f32::NEG_INFINITY));
+        for t in (0..self.keys).filter(|t| seen(*t)) {
             match runs.last_mut() {
                 Some(run) if run.end == t => run.end += 1,
                 _ => runs.push(t..t + 1),
@@ -163,14 +163,7 @@ impl Call {
     }
 
     /// Copies the visible rows of keys or values of one head into `out`, element `[i, d]` at `i * to[0] + d * to[1]`.
-    fn pack(
-        &self,
-        keys: bool,
-        head: usize,
-        runs: &[std::ops::Range<usize>],
-        to: [usize; 2],
-        out: &mut [f32],
-    ) {
+    fn pack(&self, keys: bool, head: usize, runs: &[Range<usize>], to: [usize; 2], out: &mut [f32]) {
         let ((source, steps), size) = if keys {
             (self.k, self.size)
         } else {

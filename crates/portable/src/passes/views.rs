@@ -124,15 +124,24 @@ pub fn sink(graph: Graph) -> Graph {
 fn movable(r: &Rewriter, v: ValueId) -> Option<(View, ValueId, Shape)> {
     let (view, node) = r.find::<View>(v)?;
     let x = node.inputs[0];
-    let source = r.producer(x)?;
-    let fusable = as_op::<Linear>(source).is_some()
+    let shape = r.shape(x);
+    inverse(view, &shape)?;
+    (r.used_once(v) && worth(r, x)).then(|| (view.clone(), x, shape))
+}
+
+/// Whether something gains from an elementwise operation right behind `x`: what computes it, or what does so behind more views.
+fn worth(r: &Rewriter, x: ValueId) -> bool {
+    let Some(source) = r.producer(x) else {
+        return false;
+    };
+    if let Some(View::Reshape(_) | View::Permute(_)) = as_op::<View>(source) {
+        return r.used_once(x) && worth(r, source.inputs[0]);
+    }
+    as_op::<Linear>(source).is_some()
         || as_op::<ConvLast>(source).is_some()
         || as_op::<PoolLast>(source).is_some()
         || as_op::<UnaryNode>(source).is_some()
-        || as_op::<BinaryNode>(source).is_some();
-    let shape = r.shape(x);
-    inverse(view, &shape)?;
-    (fusable && r.used_once(v)).then(|| (view.clone(), x, shape))
+        || as_op::<BinaryNode>(source).is_some()
 }
 
 fn sink_unary(r: &mut Rewriter, node: &Node) -> Option<()> {
