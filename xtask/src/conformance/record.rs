@@ -113,7 +113,7 @@ pub fn read(path: &Path) -> Result<Vec<Outcome>> {
 /// Names in a file, one a line.
 pub fn names(path: &Path) -> Result<BTreeSet<String>> {
     let text = fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
-    Ok(text.lines().map(str::to_string).collect())
+    Ok(text.lines().filter(|l| !l.is_empty()).map(str::to_string).collect())
 }
 
 #[cfg(test)]

@@ -45,15 +45,18 @@ pub struct Report<'a> {
     unreached: usize,
     /// Tests that make models of another format.
     others: usize,
+    /// Tests that were chosen and not run.
+    cut: usize,
 }
 
 impl<'a> Report<'a> {
-    pub fn new(all: &'a [Outcome], default: Option<&'a BTreeSet<String>>) -> Self {
+    pub fn new(all: &'a [Outcome], default: Option<&'a BTreeSet<String>>, cut: usize) -> Self {
         let mut report = Report {
             outcomes: Vec::new(),
             default,
             unreached: 0,
             others: 0,
+            cut,
         };
         for outcome in all {
             // A model that does not load is never asked to predict; its test failed all the same.
@@ -89,6 +92,9 @@ impl<'a> Report<'a> {
         if self.outcomes.is_empty() {
             return Err("no test reached predict".to_string());
         }
+        if self.cut > 0 {
+            return Err(format!("{} tests did not run; --resume goes on with them", self.cut));
+        }
         let failed = self
             .outcomes
             .iter()
@@ -115,7 +121,8 @@ impl<'a> Report<'a> {
         let mut text = format!(
             "# coremltools' own tests\n\nThe tests that come with coremltools 9.0 compare `predict` with numpy and PyTorch, and skip that \
              off macOS. Here they run on the portable engine, unmodified, through `candle_coreml.coremltools`: ML Programs, compute \
-             units CPU_ONLY, faithful numerics. Tolerances are those of the tests, and never above 2e-2 (for fp16 they allow 0.5). The full \
+             units CPU_ONLY, default numerics for fp32 and faithful ones for fp16. Tolerances are those of the tests, and never above \
+             2e-2 (for fp16 they allow 0.5). The full \
              configuration runs the tests of older operators under every later operation set too.\n\n    {command}\n\n"
         );
         self.headline(&mut text);
@@ -148,6 +155,13 @@ impl<'a> Report<'a> {
              format. Explained are tests that fail because their expectation is not what their program says; each is listed below.",
             self.unreached, self.others
         );
+        if self.cut > 0 {
+            let _ = writeln!(
+                text,
+                "\n**The run was cut: {} tests did not run.** Tests run in an order without meaning, so these are a fair sample.",
+                self.cut
+            );
+        }
     }
 
     fn cost(&self, text: &mut String) {
@@ -290,13 +304,14 @@ mod tests {
         let all = outcomes(LINES);
         let name = "coremltools/converters/mil/mil/ops/tests/iOS17/test_conv.py::TestConv::a[1]";
         let default = BTreeSet::from([name.to_string()]);
-        let report = Report::new(&all, Some(&default));
+        let report = Report::new(&all, Some(&default), 3);
         let text = report.render("cargo xtask conformance --full");
         let expected = [
             "| default | fp32 | 1 | **1** | 0 (0.00%) | 0 |",
             "| full | fp16 | 1 | **0** | 0 (0.00%) | 1 |",
             "| full | fp32 | 2 | **2** | 0 (0.00%) | 0 |",
             "1 more tests end before `predict`",
+            "3 tests did not run",
             "and 1 make a neural network",
             "one of the 1 models took 0.30 ms",
             "| iOS17 | iOS17 | 1 of 1 | - | - | 0 | 0 |",
@@ -320,7 +335,7 @@ mod tests {
                 .map(|n| line(n, if n < failed { "failed" } else { "passed" }))
                 .collect();
             let all = outcomes(&lines.join("\n"));
-            let verdict = Report::new(&all, None).verdict();
+            let verdict = Report::new(&all, None, 0).verdict();
             assert_eq!(verdict.is_ok(), fine, "{failed}: {verdict:?}");
         }
     }
