@@ -35,6 +35,12 @@ pub fn resolve(command: &mut Command, offline: bool) -> Result<(), Failure> {
         Command::Generate(args) => args.bundle.as_mut().map_or(Ok(()), |p| one(p, Wanted::Packages)),
         Command::Chat(args) => args.bundle.as_mut().map_or(Ok(()), |p| one(p, Wanted::Packages)),
         Command::Bench(args) => args.bundle.as_mut().map_or(Ok(()), |p| one(p, Wanted::Packages)),
+        Command::Serve(args) => {
+            let models = args.bundles.iter_mut().chain(&mut args.embedding);
+            models
+                .map(|named| &mut named.path)
+                .try_for_each(|path| one(path, Wanted::Packages))
+        }
         Command::Embed(args) => one(&mut args.model, Wanted::Packages),
         Command::Convert(args) => one(&mut args.model, Wanted::Checkpoint),
         _ => Ok(()),
