@@ -1,5 +1,6 @@
-//! The server: OpenAI's own client against it, and clients that misbehave for minutes.
+//! The server and the terminal: OpenAI's own client, a person who types, and clients that misbehave for minutes.
 
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::python::{Environment, Result, root, run};
@@ -7,42 +8,45 @@ use crate::python::{Environment, Result, root, run};
 /// What the tests of the Python client need.
 const PACKAGES: &[&str] = &["openai>=2,<3", "pytest"];
 
-/// `server`: builds the command and runs OpenAI's Python client against it; `--quick` without optimisation.
+/// `server`: builds the command, runs OpenAI's Python client against it and talks with it at a terminal; `--quick` without
+/// optimisation.
 pub fn tests(arguments: &[String]) -> Result<()> {
     let quick = arguments.iter().any(|a| a == "--quick");
     let env = Environment::venv(PACKAGES)?;
-    let mut build = Command::new(env!("CARGO"));
-    build
-        .current_dir(root())
-        .args(["build", "--locked", "--package", "candle-coreml-cli"]);
-    if !quick {
-        build.arg("--release");
-    }
-    run(&mut build)?;
-    let profile = if quick { "debug" } else { "release" };
-    let binary = if cfg!(windows) {
-        "candle-coreml.exe"
-    } else {
-        "candle-coreml"
-    };
-    run(env
-        .python()
+    let built = build(&["--bin", "candle-coreml"], quick)?;
+    let mut pytest = env.python();
+    pytest
         .args(["-m", "pytest", "-q", "-p", "no:cacheprovider"])
-        .arg(root().join("crates/server/tests/python"))
-        .env("CANDLE_COREML", root().join("target").join(profile).join(binary)))
+        .arg(root().join("crates/server/tests/python"));
+    // Python knows terminals of Unix alone.
+    if cfg!(unix) {
+        pytest.arg(root().join("crates/cli/tests/terminal"));
+    }
+    run(pytest.env("CANDLE_COREML", program(&built, "candle-coreml")))
 }
 
 /// `soak [--minutes M] [--clients N]`: clients that stream at once and misbehave.
 pub fn soak(arguments: &[String]) -> Result<()> {
-    run(Command::new(env!("CARGO"))
+    let built = build(&["--example", "soak"], false)?;
+    run(Command::new(program(&built.join("examples"), "soak")).args(arguments))
+}
+
+/// Builds one program with the features of the whole workspace, as its tests are built, and gives its folder.
+fn build(what: &[&str], quick: bool) -> Result<PathBuf> {
+    let mut build = Command::new(env!("CARGO"));
+    build
         .current_dir(root())
-        .args([
-            "run",
-            "--release",
-            "--locked",
-            "--package",
-            "candle-coreml-server",
-        ])
-        .args(["--example", "soak", "--"])
-        .args(arguments))
+        .args(["build", "--locked", "--workspace"])
+        .args(what);
+    if !quick {
+        build.arg("--release");
+    }
+    run(&mut build)?;
+    Ok(root()
+        .join("target")
+        .join(if quick { "debug" } else { "release" }))
+}
+
+fn program(folder: &Path, name: &str) -> PathBuf {
+    folder.join(format!("{name}{}", std::env::consts::EXE_SUFFIX))
 }
