@@ -18,14 +18,28 @@ pub const UNEQUAL: &str = "Not equal to tolerance";
 
 pub const EXCEPTIONS: &[Exception] = &[
     Exception {
+        words: &["TestCropResize::test_builder_to_backend_ios", "precision='fp32'"],
+        reason: "difference among violations: 0.00099945",
+        why: "7.899 is written for row 1.5 and column 0.9 of an image that is 1 + column + 4 row everywhere: 7.9; a float16 was read off",
+    },
+    Exception {
         words: &[
-            "test_image_resizing.py",
-            "TestCropResize",
-            "precision='fp32'",
-            "float16",
+            "iOS15/test_image_resizing.py",
+            "TestCropResize::test_builder_to_backend_smoke",
         ],
         reason: UNEQUAL,
-        why: "7.899 is written where interpolation gives 7.9: a float16 of 7.898 was read off",
+        why: "the box is [2, 2, 1, 1] in coordinates that must be from 0 to 1; nothing says what lies there, and the whole image is \
+              expected",
+    },
+    Exception {
+        words: &[
+            "TestResample::",
+            "precision='fp32'",
+            "coordinates_dtype=<class 'numpy.float16'>",
+        ],
+        reason: UNEQUAL,
+        why: "the numbers written there belong to the coordinates -3.7 and 1.2, which float16 does not hold: -3.69922 gives 36.3086, as \
+              found, and not 36.3",
     },
     Exception {
         words: &[
