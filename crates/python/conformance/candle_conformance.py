@@ -141,6 +141,11 @@ def _precision(item):
     return ""
 
 
+def _name(nodeid):
+    """The name of a test on one line: some have arrays in it."""
+    return nodeid.replace("\n", "\\n")
+
+
 def _names(variable):
     path = os.environ.get(variable)
     if not path:
@@ -158,7 +163,7 @@ def _chosen(item, done, only):
     every = int(os.environ.get("CONFORMANCE_EVERY", "1"))
     part = int(os.environ.get("CONFORMANCE_PART", "0"))
     precision = os.environ.get("CONFORMANCE_PRECISION", "")
-    name = item.nodeid
+    name = _name(item.nodeid)
     if done is not None and name in done or only is not None and name not in only:
         return False
     if precision and _precision(item) not in ("", precision):
@@ -179,7 +184,7 @@ def pytest_collection_modifyitems(config, items):
     # With several workers each of them collects the same.
     if names and os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0":
         with open(names, "w", encoding="utf-8") as file:
-            file.write("\n".join(item.nodeid for item in kept))
+            file.write("\n".join(_name(item.nodeid) for item in kept))
 
 
 def pytest_collection_finish(session):
@@ -220,7 +225,7 @@ def pytest_runtest_logreport(report):
             crash = getattr(report.longrepr, "reprcrash", None)
             reason = crash.message if crash else str(report.longrepr)
         line = {
-            "test": report.nodeid,
+            "test": _name(report.nodeid),
             "outcome": report.outcome,
             "when": report.when,
             "reached": getattr(report, "reached", []),

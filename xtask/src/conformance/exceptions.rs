@@ -16,7 +16,7 @@ impl Exception {
 /// What numpy says of a result that misses its tolerance.
 pub const UNEQUAL: &str = "Not equal to tolerance";
 
-pub const EXCEPTIONS: &[Exception] = &[
+pub static EXCEPTIONS: &[Exception] = &[
     Exception {
         words: &["TestCropResize::test_builder_to_backend_ios", "precision='fp32'"],
         reason: "difference among violations: 0.00099945",
@@ -40,6 +40,16 @@ pub const EXCEPTIONS: &[Exception] = &[
         reason: UNEQUAL,
         why: "the numbers written there belong to the coordinates -3.7 and 1.2, which float16 does not hold: -3.69922 gives 36.3086, as \
               found, and not 36.3",
+    },
+    Exception {
+        words: &[
+            "TestNormalizationL2Norm::test_builder_to_backend_stress",
+            "precision='fp32'",
+            "numpy.float16",
+        ],
+        reason: UNEQUAL,
+        why: "numpy computes the expectation from float16 values and rounds the squares, their sum, its root and the quotient to float16 one \
+              after the other",
     },
     Exception {
         words: &[

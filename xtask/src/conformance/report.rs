@@ -391,7 +391,11 @@ mod tests {
                 .map(|n| line(n, if n < failed { "failed" } else { "passed" }))
                 .collect();
             let all = outcomes(&lines.join("\n"), &BTreeSet::new());
-            let verdict = Report::new(&all, None, 0).verdict();
+            let report = Report::new(&all, None, 0);
+            let listed = format!("- {failed} in fp32 with TestResample::");
+            let text = report.render("", 1);
+            assert!(text.contains(&listed), "{failed}: {text}");
+            let verdict = report.verdict();
             assert_eq!(verdict.is_ok(), fine, "{failed}: {verdict:?}");
         }
     }
