@@ -148,6 +148,8 @@ class _MLModelProxy:
         self._compiled = None
         self._predicted = None
         choices = {"numerics": _choices["numerics"], "threads": _choices["threads"]}
+        # coremltools sees float16 as float32 anyway: only where rounding is asked for is it rounded.
+        choices["wide"] = _choices["numerics"] != "faithful"
         if asset is not None and asset.files is not None:
             self._model = _native.Model.from_memory(asset.files, "model.mlmodel", self._function, **choices)
         else:
