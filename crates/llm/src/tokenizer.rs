@@ -67,11 +67,10 @@ impl Tokenizer {
 
     /// Ids and token types of `text` with the special tokens the model wants around it, and how many tokens of its end
     /// were left out so that no more than `max_tokens` came.
-    pub(crate) fn encode_whole(
-        &self,
-        text: &str,
-        max_tokens: usize,
-    ) -> Result<(Vec<u32>, Vec<u32>, usize), Error> {
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] when the library refuses the text.
+    pub fn encode_whole(&self, text: &str, max_tokens: usize) -> Result<(Vec<u32>, Vec<u32>, usize), Error> {
         let failed = |e: tokenizers::Error| Error::Tokenizer(e.to_string());
         let mut encoding = self.inner.encode_fast(text, false).map_err(failed)?;
         let room = max_tokens.saturating_sub(self.added_tokens());
