@@ -3,8 +3,8 @@
 use std::io::{self, Read, Write};
 
 use candle_coreml_llm::{
-    AnswerFormat, Bundle, Completion, FinishReason, GenerateOptions, Generation, Grammar, Message, Piece,
-    Prompt, Session, Step, TemplateOptions,
+    AnswerFormat, Bundle, Completion, Error as ModelError, FinishReason, GenerateOptions, Generation,
+    Grammar, Message, Piece, Prompt, Session, Step, TemplateOptions,
 };
 use serde_json::json;
 
@@ -30,7 +30,11 @@ pub fn run(args: &GenerateArgs) -> Outcome {
         context_full: args.context.into(),
         ..GenerateOptions::default()
     };
-    let mut generation = session.generate(&ids, &options)?;
+    // A grammar that cannot be read was written by whoever called.
+    let mut generation = session.generate(&ids, &options).map_err(|e| match e {
+        ModelError::Grammar(_) => Failure::usage(e.to_string()),
+        e => e.into(),
+    })?;
     prefill(&mut generation)?;
     stream(&mut generation, !args.json)?;
     let done = generation.completion();

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_coreml_mil::{ArrayDescription, Feature, Flexibility, FunctionDescription};
 
 use crate::Error;
-use crate::part::head::Vocabulary;
+use crate::part::head::{Head, Vocabulary};
 use crate::part::interface::{Role, array, float_dtype};
 pub(crate) use stateful::Stateful;
 pub(crate) use stateless::Stateless;
@@ -57,6 +57,32 @@ fn read_inputs(part: &str, function: &FunctionDescription) -> Result<Vec<Input>,
         return Err(wrong(part, function, what));
     }
     Ok(inputs)
+}
+
+/// The inputs with their roles, and how many tokens a call takes.
+fn read_tokens(part: &str, function: &FunctionDescription) -> Result<(Vec<Input>, Sizes), Error> {
+    let inputs = read_inputs(part, function)?;
+    let tokens = find(&inputs, Role::Ids).and_then(|ids| Sizes::of(&ids.array, 0));
+    let tokens =
+        tokens.ok_or_else(|| wrong(part, function, "token ids [1, tokens] are needed".to_owned()))?;
+    Ok((inputs, tokens))
+}
+
+/// The head with the size of its vocabulary.
+fn read_head(
+    part: &str,
+    function: &FunctionDescription,
+    facts: &PackageFacts,
+) -> Result<(Head, usize), Error> {
+    let head = Head::read(part, function, &facts.vocabulary)?;
+    let vocabulary = head.vocabulary(part, function, &facts.vocabulary)?;
+    Ok((head, vocabulary))
+}
+
+/// What each input is given, as a prediction takes it.
+fn named<'a>(inputs: &'a [Input], feeds: &'a [Tensor]) -> Vec<(&'a str, &'a Tensor)> {
+    let names = inputs.iter().map(|input| input.name.as_str());
+    names.zip(feeds).collect()
 }
 
 /// The only input of a package is its token ids, whatever its name.

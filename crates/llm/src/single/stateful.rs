@@ -8,7 +8,9 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 use candle_coreml_mil::Feature;
 
-use super::{Input, PackageFacts, Sizes, find, least, positions, presence, read_inputs, wrong};
+use super::{
+    Input, PackageFacts, Sizes, find, least, named, positions, presence, read_head, read_tokens, wrong,
+};
 use crate::Error;
 use crate::anemll::ports;
 use crate::model::{LanguageModel, Prediction};
@@ -88,8 +90,7 @@ impl<P: Part> Stateful<P> {
 
     fn run(&mut self, tokens: &[u32], start: usize) -> Result<Vec<(String, Tensor)>, Error> {
         let feeds = self.shared.feeds(tokens, start)?;
-        let inputs = self.shared.inputs.iter().zip(&feeds);
-        let inputs: Vec<(&str, &Tensor)> = inputs.map(|(input, feed)| (input.name.as_str(), feed)).collect();
+        let inputs = named(&self.shared.inputs, &feeds);
         self.shared.part.predict(&inputs, Some(&mut self.state))
     }
 }
@@ -149,10 +150,7 @@ impl<P: Part> Shared<P> {
     fn new(part: P, facts: &PackageFacts) -> Result<Self, Error> {
         let function = part.interface().clone();
         let wrong = |what| wrong(part.name(), &function, what);
-        let inputs = read_inputs(part.name(), &function)?;
-        let ids = find(&inputs, Role::Ids);
-        let tokens = ids.and_then(|ids| Sizes::of(&ids.array, 0));
-        let tokens = tokens.ok_or_else(|| wrong("token ids [1, tokens] are needed".to_owned()))?;
+        let (inputs, tokens) = read_tokens(part.name(), &function)?;
         if let Some(odd) = inputs
             .iter()
             .find(|i| matches!(i.role, Role::Hidden | Role::Update))
@@ -185,8 +183,7 @@ impl<P: Part> Shared<P> {
         ];
         let nothing = || wrong("nothing says how many tokens the states hold".to_owned());
         let (context, bound) = least(limits, facts).ok_or_else(nothing)?;
-        let head = Head::read(part.name(), &function, &facts.vocabulary)?;
-        let vocabulary = head.vocabulary(part.name(), &function, &facts.vocabulary)?;
+        let (head, vocabulary) = read_head(part.name(), &function, facts)?;
         Ok(Shared {
             part,
             inputs,

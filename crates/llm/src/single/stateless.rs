@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 
-use super::{Input, PackageFacts, Sizes, find, least, positions, presence, read_inputs, wrong};
+use super::{
+    Input, PackageFacts, Sizes, find, least, named, positions, presence, read_head, read_tokens, wrong,
+};
 use crate::Error;
 use crate::anemll::ports;
 use crate::model::{LanguageModel, Prediction};
@@ -121,8 +123,7 @@ impl<P: Part> LanguageModel for Stateless<P> {
             _ => Ok(ids.clone()),
         };
         let feeds = shared.inputs.iter().map(feed).collect::<Result<Vec<_>, _>>()?;
-        let inputs = shared.inputs.iter().zip(&feeds);
-        let inputs: Vec<(&str, &Tensor)> = inputs.map(|(input, feed)| (input.name.as_str(), feed)).collect();
+        let inputs = named(&shared.inputs, &feeds);
         let outputs = shared.part.predict(&inputs, None)?;
         let outputs = outputs
             .into_iter()
@@ -153,10 +154,7 @@ impl<P: Part> Shared<P> {
     fn new(part: P, facts: &PackageFacts) -> Result<Self, Error> {
         let function = part.interface().clone();
         let wrong = |what| wrong(part.name(), &function, what);
-        let inputs = read_inputs(part.name(), &function)?;
-        let ids = find(&inputs, Role::Ids);
-        let tokens = ids.and_then(|ids| Sizes::of(&ids.array, 0));
-        let tokens = tokens.ok_or_else(|| wrong("token ids [1, tokens] are needed".to_owned()))?;
+        let (inputs, tokens) = read_tokens(part.name(), &function)?;
         if let Some(least) = tokens.at_least(1).filter(|&least| least > MOST_TOKENS) {
             return Err(wrong(format!(
                 "it takes {least} tokens and not fewer, allowed: {MOST_TOKENS}"
@@ -181,8 +179,7 @@ impl<P: Part> Shared<P> {
         ];
         let nothing = || wrong("nothing says how many tokens it takes".to_owned());
         let (context, bound) = least(limits, facts).ok_or_else(nothing)?;
-        let head = Head::read(part.name(), &function, &facts.vocabulary)?;
-        let vocabulary = head.vocabulary(part.name(), &function, &facts.vocabulary)?;
+        let (head, vocabulary) = read_head(part.name(), &function, facts)?;
         Ok(Shared {
             part,
             inputs,
