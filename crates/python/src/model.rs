@@ -102,6 +102,7 @@ impl Model {
     /// or folder among them.
     #[staticmethod]
     #[pyo3(signature = (files, root, function=None, *, numerics="default", threads=0, wide=false))]
+    #[expect(clippy::too_many_arguments, reason = "they are keywords in Python")]
     fn from_memory(
         py: Python<'_>,
         files: BTreeMap<String, Bound<'_, PyBytes>>,
