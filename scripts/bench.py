@@ -345,10 +345,10 @@ def main():
     only, names = arguments.only.split(","), arguments.models.split(",")
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    cargo = ["cargo", "build", "--release", "--quiet"]
-    run(*cargo, "-p", "candle-coreml-cli", cwd=ROOT)
-    run(*cargo, "-p", "candle-coreml-llm", "-p", "candle-coreml", "--example", "timed", "--example", "timed_tokens", cwd=ROOT)
-    run(*cargo, "-p", "candle-coreml-kernels", "--example", "bandwidth", cwd=ROOT)
+    # All at once: apart, each choice of crates would compile what they stand on anew.
+    crates = [word for crate in ("-cli", "-llm", "-kernels", "") for word in ("-p", f"candle-coreml{crate}")]
+    examples = [word for name in ("timed", "timed_tokens", "bandwidth") for word in ("--example", name)]
+    run("cargo", "build", "--release", "--quiet", *crates, "--bins", *examples, cwd=ROOT)
     rows, details, tables, notes = [], [], [], []
     folder = work / "networks"
     if "networks" in only or "growth" in only:

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-type Result<T> = std::result::Result<T, String>;
+pub(crate) type Result<T> = std::result::Result<T, String>;
 
 /// Debian packages that the real target needs: a compiler with its library's sources, clang for one file of objc2's, and a
 /// linker for Mach-O files.
@@ -180,7 +180,7 @@ pub fn report(arguments: &[String]) -> Result<()> {
     Err(format!("failed: {}", failed.join(", ")))
 }
 
-fn root() -> &'static Path {
+pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
         .unwrap_or(Path::new("."))
@@ -226,7 +226,7 @@ fn cross(command: &str, target: &str, more: &[&str]) -> Result<()> {
     run(&mut cargo)
 }
 
-fn install(packages: &[&str]) -> Result<()> {
+pub(crate) fn install(packages: &[&str]) -> Result<()> {
     let installed = |package: &&str| {
         let status = Command::new("dpkg-query")
             .args(["--show", "--showformat=${db:Status-Status}", package])
@@ -249,7 +249,7 @@ fn timed(what: &str, body: impl FnOnce() -> Result<()>) -> Result<()> {
     Ok(())
 }
 
-fn run(command: &mut Command) -> Result<()> {
+pub(crate) fn run(command: &mut Command) -> Result<()> {
     let status = command.status().map_err(|e| format!("{command:?}: {e}"))?;
     if status.success() {
         return Ok(());

@@ -1,6 +1,7 @@
 //! Chores of this workspace: `cargo xtask COMMAND`.
 
 mod apple;
+mod arm;
 mod chores;
 mod conformance;
 mod convert;
@@ -19,6 +20,7 @@ fn main() -> ExitCode {
         (Some("apple-check"), rest) => apple::check(rest),
         (Some("apple-fake"), rest) => apple::fake(rest),
         (Some("apple-report"), rest) => apple::report(rest),
+        (Some("arm-check"), rest) => arm::check(rest),
         (Some("python"), rest) => python::tests(rest),
         (Some("bench"), rest) => python::bench(rest),
         (Some("wheel"), []) => python::wheel(),
@@ -50,6 +52,7 @@ const USAGE: &str = "cargo xtask COMMAND
   apple-check [--quick] [--no-install]   check, clippy and build for Apple systems from Linux; then apple-fake
   apple-fake [CARGO ARGUMENTS]           the Apple engine against stand-in classes on GNUstep (default: test)
   apple-report [MODEL]                   on a Mac: tests, golden cases and the demo model on the real framework
+  arm-check [CARGO ARGUMENTS]            check the kernels for ARM on Linux and run their tests under QEMU
   python [--quick]                       build and install the Python module, run its tests
   bench [--write] [--only PARTS] [...]   beside llama.cpp and onnxruntime; --write makes docs/BENCHMARKS.md of it
   wheel                                  the Python module for this machine, in target/wheels

@@ -4,6 +4,12 @@ use crate::loops::Shared;
 use crate::pool::Pool;
 use crate::strided::{View, ViewMut};
 use crate::weights::Weights;
+use std::cell::RefCell;
+
+thread_local! {
+    /// One decoded row.
+    static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
 
 /// `y[i] = table[indices[i]]`, rows of `table` decoded as they are read. Negative indices count from the end; the
 /// first index outside the table, if any, is given back and its row is left as it was.
@@ -20,17 +26,19 @@ pub fn gather_rows(
     let (cols, steps) = (table.cols(), [y.strides()[0], y.strides()[1]]);
     let py = Shared(y.ptr());
     pool.run_ranges(indices.len(), (16384 / cols.max(1)).max(1), &|range| {
-        let mut row = vec![0.0; cols];
-        for i in range {
-            let Some(index) = wrap_index(indices[i], table.rows()) else {
-                continue;
-            };
-            table.row(index, &mut row);
-            for (c, value) in row.iter().enumerate() {
-                // SAFETY: inside the shape checked above; one thread has this row.
-                unsafe { *py.at(i as isize * steps[0] + c as isize * steps[1]) = *value };
+        ROW.with_borrow_mut(|row| {
+            row.resize(cols, 0.0);
+            for i in range {
+                let Some(index) = wrap_index(indices[i], table.rows()) else {
+                    continue;
+                };
+                table.row(index, row);
+                for (c, value) in row.iter().enumerate() {
+                    // SAFETY: inside the shape checked above; one thread has this row.
+                    unsafe { *py.at(i as isize * steps[0] + c as isize * steps[1]) = *value };
+                }
             }
-        }
+        });
     });
     let outside = indices
         .iter()

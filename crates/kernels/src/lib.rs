@@ -47,7 +47,7 @@ pub use pool::Pool;
 pub use pooling::{Pooling, pool as pool_windows, pool_last};
 pub use recurrent::{Gate, Lstm, Walk, lstm};
 pub use reduce::{Reduce, arg_extreme, reduce, reduce_i32};
-pub use resize::{Beside, Sampler, Tap, resize, sample};
+pub use resize::{Beside, Sampler, Tap, resize, resize_last, sample};
 pub use rope::rotate_half;
 pub use scratch::Scratch;
 pub use strided::{View, ViewMut};

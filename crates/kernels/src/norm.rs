@@ -1,5 +1,9 @@
 //! Normalisation: layer, RMS, L2, batch, instance, local response, and softmax.
 
+mod group;
+
+pub use group::{GroupNorm, group_norm};
+
 use crate::elementwise::math::exp;
 use crate::loops::{Nest, Shared};
 use crate::pool::Pool;

@@ -70,6 +70,53 @@ pub fn resize(pool: &Pool, x: &[f32], [h, w]: [usize; 2], rows: &[Tap], cols: &[
     });
 }
 
+/// As [`resize`] for pictures with channels last: `x[n, h, w, c]` into `y[n, rows, cols, c]`, both dense.
+///
+/// # Panics
+/// When a tap lies outside the picture, or the lengths are not those of as many pictures.
+pub fn resize_last(
+    pool: &Pool,
+    x: &[f32],
+    [h, w, channels]: [usize; 3],
+    rows: &[Tap],
+    cols: &[Tap],
+    y: &mut [f32],
+) {
+    let (from, line) = (h * w * channels, cols.len() * channels);
+    if line == 0 || y.is_empty() {
+        return;
+    }
+    let lines = y.len() / line;
+    let pictures = lines / rows.len().max(1);
+    assert!(
+        x.len() == pictures * from && y.len() == pictures * rows.len() * line,
+        "resize: pictures"
+    );
+    let inside = |taps: &[Tap], len: usize| taps.iter().all(|t| t.low < len && t.high < len);
+    assert!(inside(rows, h) && inside(cols, w), "resize: a tap outside");
+    let out = Shared(y.as_mut_ptr());
+    pool.run_ranges(lines, (16_384 / line).max(1), &|range| {
+        for at in range {
+            let (picture, row) = (at / rows.len(), rows[at % rows.len()]);
+            // SAFETY: line `at` of the output belongs to this thread and lies inside it.
+            let y = unsafe { std::slice::from_raw_parts_mut(out.at((at * line) as isize), line) };
+            let x = &x[picture * from..][..from];
+            let (low, high) = (&x[row.low * w * channels..], &x[row.high * w * channels..]);
+            for (y, col) in y.chunks_exact_mut(channels).zip(cols) {
+                let [a, b] = [col.low, col.high].map(|at| &low[at * channels..][..channels]);
+                if row.part == 0.0 && col.part == 0.0 {
+                    y.copy_from_slice(a);
+                    continue;
+                }
+                let [d, e] = [col.low, col.high].map(|at| &high[at * channels..][..channels]);
+                for (y, (((a, b), d), e)) in y.iter_mut().zip(a.iter().zip(b).zip(d).zip(e)) {
+                    *y = mix(mix(*a, *b, col.part), mix(*d, *e, col.part), row.part);
+                }
+            }
+        }
+    });
+}
+
 /// Between `a` and `b`; exactly `a` for a share of 0, whatever `b` is.
 fn mix(a: f32, b: f32, part: f32) -> f32 {
     if part == 0.0 { a } else { a + (b - a) * part }
@@ -206,6 +253,32 @@ mod tests {
         let mut y = [0.0; 6];
         resize(&Pool::new(2), &x, [2, 2], &rows, &cols, &mut y);
         assert_eq!(y, [2.0, 2.25, 3.0, 12.0, 12.25, 13.0]);
+    }
+
+    #[test]
+    fn channels_last_give_what_planes_give() {
+        for (h, w, channels, rows, cols) in [(2, 3, 5, 4, 6), (1, 4, 1, 3, 2), (3, 3, 9, 3, 7)] {
+            let x: Vec<f32> = (0..2 * h * w * channels).map(|i| (i * 37 % 101) as f32).collect();
+            let taps = |len: usize, n: usize| -> Vec<Tap> {
+                (0..n).map(|i| Tap::linear(i as f32 * 0.6 - 0.3, len)).collect()
+            };
+            let (rows, cols) = (taps(h, rows), taps(w, cols));
+            let to = rows.len() * cols.len();
+            // The same pictures as planes.
+            let planes: Vec<f32> = (0..x.len())
+                .map(|i| {
+                    let (n, c, at) = (i / (h * w * channels), i / (h * w) % channels, i % (h * w));
+                    x[(n * h * w + at) * channels + c]
+                })
+                .collect();
+            let (mut first, mut last) = (vec![0.0; 2 * channels * to], vec![0.0; 2 * channels * to]);
+            resize(&Pool::new(2), &planes, [h, w], &rows, &cols, &mut first);
+            resize_last(&Pool::new(2), &x, [h, w, channels], &rows, &cols, &mut last);
+            for (i, value) in first.iter().enumerate() {
+                let (n, c, at) = (i / (to * channels), i / to % channels, i % to);
+                assert_eq!(*value, last[(n * to + at) * channels + c]);
+            }
+        }
     }
 
     #[test]

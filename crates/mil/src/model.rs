@@ -13,7 +13,7 @@ use crate::package;
 use crate::program::{
     Argument, Attributes, BlobRef, Block, Program, TensorType, Value, ValueData, ValueType,
 };
-use crate::source::{Source, join, parent};
+use crate::source::{Contents, Source, join, parent};
 use crate::spec::read_spec;
 
 /// A Core ML model as it is on disk or in memory.
@@ -47,13 +47,13 @@ pub struct Model {
 #[derive(Clone)]
 struct WeightFile {
     display: String,
-    bytes: Bytes,
+    contents: Contents,
 }
 
 /// The size instead of the weights, which are too many to print.
 impl std::fmt::Debug for WeightFile {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} ({} bytes)", self.display, self.bytes.len())
+        write!(f, "{} ({} bytes)", self.display, self.contents.bytes.len())
     }
 }
 
@@ -142,7 +142,7 @@ impl Model {
     pub(crate) fn weight_files(&self) -> impl Iterator<Item = (&str, &[u8])> {
         self.weights
             .iter()
-            .map(|(path, file)| (path.as_str(), file.bytes.as_ref()))
+            .map(|(path, file)| (path.as_str(), file.contents.bytes.as_ref()))
     }
 
     /// The elements of a weight as they are in the file: row-major, little-endian, packed where smaller than a byte.
@@ -157,7 +157,13 @@ impl Model {
             offset: blob.offset,
             problem: "the program refers to no such file".to_string(),
         })?;
-        read_blob(&file.bytes, &file.display, blob.offset, expected)
+        read_blob(&file.contents.bytes, &file.display, blob.offset, expected)
+    }
+
+    /// Says that bytes from [`Model::blob`] are not needed in memory for now, because they were copied in another form. The
+    /// system may take the memory back; the bytes are read from the file again when they are looked at again.
+    pub fn release(&self, blob: &Bytes) {
+        self.weights.values().for_each(|file| file.contents.release(blob));
     }
 
     /// The elements of a tensor value, whether they are written in the program or in a weight file; `None` for strings
@@ -191,7 +197,10 @@ fn open_in(source: &Source, root: &str, name: &str) -> Result<Model> {
         })?;
         weights = open_weights(source, &parts, program)?;
     }
-    let mapped: u64 = weights.values().map(|w: &WeightFile| w.bytes.len() as u64).sum();
+    let mapped: u64 = weights
+        .values()
+        .map(|w: &WeightFile| w.contents.bytes.len() as u64)
+        .sum();
     Ok(Model {
         name: name.to_string(),
         content_size_bytes: if parts.program.is_some() {
@@ -268,7 +277,7 @@ fn open_weights(source: &Source, parts: &Parts, program: &Program) -> Result<BTr
         if !files.contains_key(&blob.path) {
             let path = blob_path(&parts.folder, &blob.path);
             let display = source.display(&path);
-            let bytes = source.read(&path).map_err(|error| match error {
+            let contents = source.contents(&path).map_err(|error| match error {
                 Error::Io { source, .. } => Error::Weights {
                     program: parts.file.clone(),
                     weights: blob.path.clone(),
@@ -276,7 +285,7 @@ fn open_weights(source: &Source, parts: &Parts, program: &Program) -> Result<BTr
                 },
                 other => other,
             })?;
-            files.insert(blob.path.clone(), WeightFile { display, bytes });
+            files.insert(blob.path.clone(), WeightFile { display, contents });
         }
         let Some(file) = files.get(&blob.path) else {
             continue;
@@ -284,7 +293,7 @@ fn open_weights(source: &Source, parts: &Parts, program: &Program) -> Result<BTr
         let ValueType::Tensor(ty) = ty else {
             return Err(problem!("the blob at {} is no tensor", blob.offset).in_file(&file.display));
         };
-        read_blob(&file.bytes, &file.display, blob.offset, ty)?;
+        read_blob(&file.contents.bytes, &file.display, blob.offset, ty)?;
     }
     Ok(files)
 }

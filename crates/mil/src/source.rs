@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 use bytes::Bytes;
+use memmap2::Mmap;
 
 use crate::error::{Error, Result};
 
@@ -53,6 +55,11 @@ impl Source {
     /// # Errors
     /// [`Error::OutsideModel`] for absolute paths and paths with `..`; [`Error::Io`] when the file cannot be read.
     pub fn read(&self, relative: &str) -> Result<Bytes> {
+        self.contents(relative).map(|contents| contents.bytes)
+    }
+
+    /// As [`Source::read`], with the map behind the bytes.
+    pub(crate) fn contents(&self, relative: &str) -> Result<Contents> {
         let path = normal(relative)?;
         match &self.0 {
             Kind::Directory(root) => {
@@ -62,10 +69,13 @@ impl Source {
                     source,
                 })
             }
-            Kind::Memory(files) => files.get(&slashed(&path)).cloned().ok_or_else(|| Error::Io {
-                path: relative.to_string(),
-                source: std::io::Error::new(std::io::ErrorKind::NotFound, "no such file in memory"),
-            }),
+            Kind::Memory(files) => match files.get(&slashed(&path)) {
+                Some(bytes) => Ok(Contents::of(bytes.clone())),
+                None => Err(Error::Io {
+                    path: relative.to_string(),
+                    source: std::io::Error::new(std::io::ErrorKind::NotFound, "no such file in memory"),
+                }),
+            },
         }
     }
 
@@ -84,6 +94,47 @@ impl Source {
             Kind::Directory(root) => root.join(relative).display().to_string(),
             Kind::Memory(_) => relative.to_string(),
         }
+    }
+}
+
+/// The bytes of a file, and the map they are in if they are in one.
+#[derive(Clone)]
+pub(crate) struct Contents {
+    pub(crate) bytes: Bytes,
+    map: Option<Arc<Mmap>>,
+}
+
+impl Contents {
+    fn of(bytes: Bytes) -> Contents {
+        Contents { bytes, map: None }
+    }
+
+    /// Lets go of the memory that holds `part` of a mapped file; it is read again when it is looked at again. Does nothing for
+    /// other bytes.
+    pub(crate) fn release(&self, part: &Bytes) {
+        let Some(map) = &self.map else { return };
+        let start = part.as_ptr().addr().checked_sub(map.as_ptr().addr());
+        let Some(start) = start.filter(|start| start + part.len() <= map.len()) else {
+            return;
+        };
+        #[cfg(unix)]
+        {
+            use memmap2::UncheckedAdvice;
+            // SAFETY: the map is only read and shows a file, so the same bytes come back from it, by the condition stated at
+            // `Source::directory`.
+            let done = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, part.len()) };
+            // Advice that is not taken leaves the memory as it was.
+            let _ = done;
+        }
+    }
+}
+
+/// A map as the owner of bytes.
+struct Owner(Arc<Mmap>);
+
+impl AsRef<[u8]> for Owner {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
     }
 }
 
@@ -125,7 +176,7 @@ fn slashed(path: &Path) -> String {
     parts.join("/")
 }
 
-fn read_file(path: &Path) -> std::io::Result<Bytes> {
+fn read_file(path: &Path) -> std::io::Result<Contents> {
     let mut file = File::open(path)?;
     let metadata = file.metadata()?;
     if metadata.is_dir() {
@@ -137,12 +188,15 @@ fn read_file(path: &Path) -> std::io::Result<Bytes> {
     if metadata.len() < MAP_FROM_BYTES {
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes)?;
-        return Ok(bytes.into());
+        return Ok(Contents::of(bytes.into()));
     }
     // SAFETY: The map is read-only and private to `Bytes`; that nobody shortens or rewrites the file while it is open is
     // the condition every reader of mapped model files has, stated at `Source::directory`.
-    let map = unsafe { memmap2::Mmap::map(&file)? };
-    Ok(Bytes::from_owner(map))
+    let map = Arc::new(unsafe { Mmap::map(&file)? });
+    Ok(Contents {
+        bytes: Bytes::from_owner(Owner(map.clone())),
+        map: Some(map),
+    })
 }
 
 #[cfg(test)]
@@ -185,6 +239,11 @@ mod tests {
         let source = Source::directory(&folder);
         assert_eq!(source.read("small").unwrap(), "s");
         assert_eq!(source.read("big").unwrap(), big);
+        let contents = source.contents("big").unwrap();
+        let part = contents.bytes.slice(100..MAP_FROM_BYTES as usize);
+        contents.release(&part);
+        contents.release(&Bytes::from_static(b"elsewhere"));
+        assert_eq!(contents.bytes, big, "what was let go is read again");
         assert!(source.read("").unwrap_err().to_string().contains("folder"));
         assert!(matches!(source.read("none"), Err(Error::Io { .. })));
         std::fs::remove_dir_all(&folder).unwrap();

@@ -30,6 +30,8 @@ pub enum ConstData {
     F32(Arc<[f32]>),
     /// Integers and booleans.
     I32(Arc<[i32]>),
+    /// 32-bit floats as the file has them, usually mapped; aligned for them.
+    Stored(Bytes),
     /// 16-bit floats as the file has them, usually mapped.
     F16(Bytes),
     /// Indices into lookup tables.
@@ -203,6 +205,11 @@ impl Const {
 
     /// As [`Const::dense`], borrowed.
     pub fn floats(&self) -> &[f32] {
+        if let ConstData::Stored(b) = &self.data
+            && let Ok(floats) = bytemuck::try_cast_slice(b)
+        {
+            return floats;
+        }
         self.dense_ref()
     }
 
@@ -213,6 +220,7 @@ impl Const {
         self.dense.get_or_init(|| match &self.data {
             ConstData::F32(v) => v.clone(),
             ConstData::I32(v) => v.iter().map(|&x| x as f32).collect(),
+            ConstData::Stored(b) => decode_f32(DType::Fp32, b).into(),
             ConstData::F16(b) => decode_f32(DType::Fp16, b).into(),
             ConstData::Lut(l) => l.dense(&self.shape).into(),
             ConstData::Affine(a) => a.dense(&self.shape).into(),
@@ -273,6 +281,7 @@ impl Const {
 
     fn make_weights(&self, rows: usize, cols: usize) -> Result<Weights, String> {
         let packed = match &self.data {
+            ConstData::Stored(b) => Some(Weights::from_f32(rows, cols, b.clone())),
             ConstData::F16(b) => Some(Weights::from_f16(rows, cols, b.clone())),
             ConstData::Lut(l) => l.weights(rows, cols, &self.shape),
             ConstData::Affine(a) => a.weights(rows, cols, &self.shape),
@@ -291,7 +300,7 @@ impl Const {
         match &self.data {
             ConstData::F32(v) => v.len() * 4,
             ConstData::I32(v) => v.len() * 4,
-            ConstData::F16(b) => b.len(),
+            ConstData::Stored(b) | ConstData::F16(b) => b.len(),
             ConstData::Lut(l) => l.indices.len() + l.table.len() * 4,
             ConstData::Affine(a) => a.data.len() + a.scale.len() * 4,
             ConstData::Strings(_) => 0,
@@ -304,7 +313,7 @@ impl Const {
         match &self.data {
             ConstData::F32(v) if small => format!("{v:?}"),
             ConstData::I32(v) if small => format!("{v:?}"),
-            ConstData::F16(_) if small => format!("{:?}", self.dense()),
+            ConstData::Stored(_) | ConstData::F16(_) if small => format!("{:?}", self.dense()),
             ConstData::Strings(v) => format!("{v:?}"),
             ConstData::Lut(l) => format!("const {}{:?} lut{}", self.dtype, self.shape.as_slice(), l.bits),
             ConstData::Affine(a) => format!("const {}{:?} int{}", self.dtype, self.shape.as_slice(), a.bits),

@@ -1,7 +1,9 @@
 //! A plan as people read it: each step with its memory, weights and arithmetic.
 
+use crate::graph::{Graph, Miss};
 use crate::layout::{Layout, elements};
 use crate::plan::{Operand, Place, Plan};
+use std::collections::HashSet;
 
 /// What a function does for its default shapes.
 #[derive(Debug, Clone)]
@@ -12,6 +14,21 @@ pub struct Explanation {
     pub steps: Vec<StepReport>,
     /// Bytes of intermediate values.
     pub arena_bytes: usize,
+    /// Patterns that are there in part and were left as they are, each once.
+    pub misses: Vec<MissReport>,
+}
+
+/// A pattern that a pass recognises, not merged.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MissReport {
+    /// What would have been made of it: `attention`, `gated MLP`.
+    pub pattern: &'static str,
+    /// The first node's name in the file.
+    pub name: String,
+    /// Nodes that miss the pattern for the same reason.
+    pub count: usize,
+    /// What is not as the pattern wants it.
+    pub why: String,
 }
 
 /// One step of a plan.
@@ -38,7 +55,7 @@ pub struct StepReport {
 }
 
 impl Explanation {
-    pub(crate) fn of(function: &str, plan: &Plan) -> Explanation {
+    pub(crate) fn of(function: &str, plan: &Plan, graph: &Graph) -> Explanation {
         let layouts = |o: &[Operand]| o.iter().map(|o| o.layout.clone()).collect::<Vec<Layout>>();
         let steps = plan.steps.iter().map(|s| {
             let (inputs, outputs) = (layouts(&s.inputs), layouts(&s.outputs));
@@ -75,8 +92,31 @@ impl Explanation {
             function: function.into(),
             steps: steps.collect(),
             arena_bytes: plan.arena_bytes(),
+            misses: misses(graph),
         }
     }
+}
+
+/// The misses at nodes that are there to the end, those for one reason together.
+fn misses(graph: &Graph) -> Vec<MissReport> {
+    let there: HashSet<&str> = graph.nodes.iter().map(|n| &*n.name).collect();
+    let mut seen = HashSet::new();
+    let mut all: Vec<MissReport> = Vec::new();
+    for Miss { pattern, node, why } in &graph.misses {
+        if !there.contains(&**node) || !seen.insert((*pattern, &**node)) {
+            continue;
+        }
+        match all.iter_mut().find(|m| m.pattern == *pattern && m.why == *why) {
+            Some(same) => same.count += 1,
+            None => all.push(MissReport {
+                pattern,
+                name: node.to_string(),
+                count: 1,
+                why: why.clone(),
+            }),
+        }
+    }
+    all
 }
 
 fn bytes(o: &Operand) -> usize {
@@ -116,6 +156,14 @@ impl std::fmt::Display for Explanation {
                 kb(s.weight_bytes),
                 s.flops as f64 / 1e6
             )?;
+        }
+        for m in &self.misses {
+            let times = if m.count > 1 {
+                format!(" and {} more", m.count - 1)
+            } else {
+                String::new()
+            };
+            writeln!(f, "not merged: {} at {:?}{times}: {}", m.pattern, m.name, m.why)?;
         }
         let weights: usize = self.steps.iter().map(|s| s.weight_bytes).sum();
         let moved: usize = self.steps.iter().map(|s| s.moved_bytes).sum();

@@ -103,6 +103,19 @@ pub struct Graph {
     pub outputs: Vec<(String, ValueId)>,
     /// Persistent buffers.
     pub states: Vec<StateSlot>,
+    /// Patterns that the passes began to recognise and gave up.
+    pub misses: Vec<Miss>,
+}
+
+/// A pattern of a pass that was there in part.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Miss {
+    /// What would have been made of it: `attention`, `gated MLP`.
+    pub pattern: &'static str,
+    /// The node's name in the file.
+    pub node: Arc<str>,
+    /// What was not as the pattern wants it.
+    pub why: String,
 }
 
 impl Graph {

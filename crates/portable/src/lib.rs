@@ -24,7 +24,7 @@ mod state;
 
 pub use array::{Array, Buffer, Data, Label, OwnedArray};
 pub use error::{Error, OpError, OpResult};
-pub use explain::{Explanation, StepReport};
+pub use explain::{Explanation, MissReport, StepReport};
 pub use graph::Graph;
 pub use lower::missing_ops_of as missing_ops;
 pub use model::{Model, Numerics, Options};

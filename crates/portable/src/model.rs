@@ -335,15 +335,12 @@ impl Model {
             name: self.name().into(),
             message: "the shapes are flexible and the file gives no default".into(),
         })?;
-        match &self.ready(shapes.clone())?.way {
-            Way::Whole(plan) => Ok(Explanation::of(self.name(), plan)),
-            Way::Staged(_) => match self.lower(&shapes)? {
-                Lowered::Cut(error) => Err(error),
-                Lowered::Whole(graph) => {
-                    let plan = Plan::new(&self.optimize(graph))?;
-                    Ok(Explanation::of(self.name(), &plan))
-                }
-            },
+        match self.lower(&shapes)? {
+            Lowered::Cut(error) => Err(error),
+            Lowered::Whole(graph) => {
+                let graph = self.optimize(graph);
+                Ok(Explanation::of(self.name(), &Plan::new(&graph)?, &graph))
+            }
         }
     }
 

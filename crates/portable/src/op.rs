@@ -83,7 +83,7 @@ pub struct Args<'a> {
     /// One an input.
     pub inputs: SmallVec<[In<'a>; 6]>,
     /// One a result.
-    pub outputs: SmallVec<[Option<Out<'a>>; 2]>,
+    pub outputs: SmallVec<[Option<Out<'a>>; 4]>,
     /// Threads to share the work.
     pub pool: &'a Pool,
     /// Reused temporary memory of the kernels.

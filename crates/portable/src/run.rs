@@ -163,7 +163,7 @@ impl Workspace {
 
     fn step(&mut self, step: &Step, states: &mut [&mut StateBuffer], pool: &Pool) -> Result<(), Error> {
         let mut reads: SmallVec<[Range<usize>; 4]> = SmallVec::new();
-        let mut writes: SmallVec<[Range<usize>; 2]> = SmallVec::new();
+        let mut writes: SmallVec<[Range<usize>; 4]> = SmallVec::new();
         for o in &step.inputs {
             if let Place::Arena(r) = &o.place {
                 reads.push(r.clone());
@@ -178,7 +178,7 @@ impl Workspace {
             }
         }
         let mut read_slices: SmallVec<[&[f32]; 4]> = SmallVec::new();
-        let mut write_slices: SmallVec<[Option<&mut [f32]>; 2]> = SmallVec::new();
+        let mut write_slices: SmallVec<[Option<&mut [f32]>; 4]> = SmallVec::new();
         self.arena
             .lend(
                 &reads,

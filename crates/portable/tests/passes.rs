@@ -55,6 +55,25 @@ const CASES: &[Case] = &[
         gone: &["Exp", "ReduceNode"],
     },
     Case {
+        name: "SiLU as a product with a sigmoid",
+        program: "func main<ios17>(tensor<fp16, [2, 3, 8]> x) {
+            tensor<fp16, [2, 3, 8]> gate = sigmoid(x = x);
+            tensor<fp16, [2, 3, 8]> y = mul(x = gate, y = x);
+        } -> (y);",
+        expect: &["Silu"],
+        gone: &["Sigmoid", "BinaryNode"],
+    },
+    Case {
+        name: "hard swish as converters from PyTorch spell it",
+        program: "func main<ios17>(tensor<fp16, [2, 3, 8]> x) {
+            tensor<fp16, [2, 3, 8]> cut = thresholded_relu(alpha = fp16(-0x1.8p+1), x = x);
+            tensor<fp16, [2, 3, 8]> gate = sigmoid_hard(alpha = fp16(0x1.554p-3), beta = fp16(0x1p-1), x = cut);
+            tensor<fp16, [2, 3, 8]> y = mul(x = cut, y = gate);
+        } -> (y);",
+        expect: &["HardSwish { from: -3.0"],
+        gone: &["SigmoidHard", "ThresholdedRelu", "BinaryNode"],
+    },
+    Case {
         name: "rotary embedding on halves",
         program: "func main<ios17>(tensor<fp16, [1, 2, 3, 8]> x, tensor<fp16, [1, 1, 3, 4]> cos, tensor<fp16, [1, 1, 3, 4]> sin) {
             tensor<fp16, [1, 2, 3, 4]> a = slice_by_index(begin = tensor<int32, [4]>([0, 0, 0, 0]), end = tensor<int32, [4]>([1, 2, 3, 4]), x = x);
@@ -105,6 +124,25 @@ const CASES: &[Case] = &[
         gone: &["MatMul", "Softmax", "Broadcast"],
     },
     Case {
+        name: "attention with keys split and transposed at once",
+        program: "func main<ios17>(tensor<fp16, [1, 3, 8]> q, tensor<fp16, [1, 5, 8]> k, tensor<fp16, [1, 5, 8]> v) {
+            tensor<fp16, [1, 3, 2, 4]> q1 = reshape(shape = tensor<int32, [4]>([1, 3, 2, 4]), x = q);
+            tensor<fp16, [1, 2, 3, 4]> q2 = transpose(perm = tensor<int32, [4]>([0, 2, 1, 3]), x = q1);
+            tensor<fp16, [1, 5, 2, 4]> k1 = reshape(shape = tensor<int32, [4]>([1, 5, 2, 4]), x = k);
+            tensor<fp16, [1, 2, 4, 5]> k2 = transpose(perm = tensor<int32, [4]>([0, 2, 3, 1]), x = k1);
+            tensor<fp16, [1, 5, 2, 4]> v1 = reshape(shape = tensor<int32, [4]>([1, 5, 2, 4]), x = v);
+            tensor<fp16, [1, 2, 5, 4]> v2 = transpose(perm = tensor<int32, [4]>([0, 2, 1, 3]), x = v1);
+            tensor<fp16, [1, 2, 3, 5]> raw = matmul(transpose_x = bool(false), transpose_y = bool(false), x = q2, y = k2);
+            tensor<fp16, [1, 2, 3, 5]> scaled = mul(x = raw, y = fp16(0x1p-1));
+            tensor<fp16, [1, 2, 3, 5]> weights = softmax(axis = int32(-1), x = scaled);
+            tensor<fp16, [1, 2, 3, 4]> mixed = matmul(transpose_x = bool(false), transpose_y = bool(false), x = weights, y = v2);
+            tensor<fp16, [1, 3, 2, 4]> back = transpose(perm = tensor<int32, [4]>([0, 2, 1, 3]), x = mixed);
+            tensor<fp16, [1, 3, 8]> y = reshape(shape = tensor<int32, [3]>([1, 3, 8]), x = back);
+        } -> (y);",
+        expect: &["Attention { scale: 0.5 }"],
+        gone: &["MatMul", "Softmax", "BinaryNode"],
+    },
+    Case {
         name: "gated MLP of pointwise convolutions with a residual",
         program: "func main<ios17>(tensor<fp16, [1, 3, 2]> x) {
             tensor<fp16, [1, 2, 3]> turned = transpose(perm = tensor<int32, [3]>([0, 2, 1]), x = x);
@@ -130,6 +168,118 @@ const CASES: &[Case] = &[
         expect: &["LinearMany"],
         gone: &[],
     },
+    Case {
+        name: "convolution with activation, residual and activation",
+        program: "func main<ios17>(tensor<fp16, [1, 1, 3, 3]> x) {
+            tensor<fp16, [1, 1, 3, 3]> a = conv(x = x, pad_type = string(\"same\"), weight = tensor<fp16, [1, 1, 3, 3]>([[[[0x1p+0, 0x1p-1, 0x1p-2], [0x1p-3, 0x1p+1, -0x1p+0], [0x1p-2, 0x1p-1, 0x1p+0]]]]));
+            tensor<fp16, [1, 1, 3, 3]> b = relu(x = a);
+            tensor<fp16, [1, 1, 3, 3]> c = conv(x = b, pad_type = string(\"same\"), weight = tensor<fp16, [1, 1, 3, 3]>([[[[-0x1p+0, 0x1p-1, 0x1p-2], [0x1p-3, 0x1p+1, 0x1p+0], [0x1p-2, -0x1p-1, 0x1p+0]]]]), bias = tensor<fp16, [1]>([0x1p-1]));
+            tensor<fp16, [1, 1, 3, 3]> d = add(x = c, y = b);
+            tensor<fp16, [1, 1, 3, 3]> y = silu(x = d);
+        } -> (y);",
+        expect: &["ConvLast"],
+        gone: &["UnaryNode", "BinaryNode"],
+    },
+    Case {
+        name: "convolution over a sequence with an activation",
+        program: "func main<ios17>(tensor<fp16, [1, 2, 5]> x) {
+            tensor<fp16, [1, 2, 5]> a = conv(x = x, pad_type = string(\"same\"), weight = tensor<fp16, [2, 2, 3]>([[[0x1p+0, 0x1p-1, 0x1p-2], [0x1p-3, 0x1p+1, -0x1p+0]], [[0x1p-2, 0x1p-1, 0x1p+0], [0x1p+0, 0x1p-1, 0x1p-2]]]));
+            tensor<fp16, [1, 2, 5]> b = gelu(mode = string(\"EXACT\"), x = a);
+            tensor<fp16, [1, 2, 5]> c = conv(x = b, pad_type = string(\"same\"), weight = tensor<fp16, [2, 2, 3]>([[[0x1p+0, 0x1p-1, 0x1p-2], [0x1p-3, 0x1p+1, -0x1p+0]], [[0x1p-2, 0x1p-1, 0x1p+0], [0x1p+0, 0x1p-1, 0x1p-2]]]));
+            tensor<fp16, [1, 2, 5]> d = add(x = c, y = b);
+            tensor<fp16, [1, 2, 5]> y = relu(x = d);
+        } -> (y);",
+        expect: &["ConvLast"],
+        gone: &["UnaryNode", "BinaryNode"],
+    },
+    Case {
+        name: "squares written as powers",
+        program: "func main<ios17>(tensor<fp16, [1, 4]> x) {
+            tensor<fp16, [1, 4]> y = pow(x = x, y = fp16(0x1p+1));
+        } -> (y);",
+        expect: &["Square"],
+        gone: &["Pow"],
+    },
+    Case {
+        name: "group norm of a picture",
+        program: "func main<ios17>(tensor<fp16, [1, 4, 2, 3]> x) {
+            tensor<fp16, [1, 2, 2, 2, 3]> split = reshape(shape = tensor<int32, [5]>([1, 2, 2, 2, 3]), x = x);
+            tensor<fp16, [1, 2, 1, 1, 1]> mean = reduce_mean(axes = tensor<int32, [3]>([2, 3, 4]), keep_dims = bool(true), x = split);
+            tensor<fp16, [1, 2, 2, 2, 3]> low = sub(x = split, y = mean);
+            tensor<fp16, [1, 2, 2, 2, 3]> square = square(x = low);
+            tensor<fp16, [1, 2, 1, 1, 1]> variance = reduce_mean(axes = tensor<int32, [3]>([2, 3, 4]), keep_dims = bool(true), x = square);
+            tensor<fp16, [1, 2, 1, 1, 1]> safe = add(x = variance, y = fp16(0x1p-10));
+            tensor<fp16, [1, 2, 1, 1, 1]> root = sqrt(x = safe);
+            tensor<fp16, [1, 2, 2, 2, 3]> normed = real_div(x = low, y = root);
+            tensor<fp16, [1, 4, 2, 3]> whole = reshape(shape = tensor<int32, [4]>([1, 4, 2, 3]), x = normed);
+            tensor<fp16, [1, 4, 2, 3]> scaled = mul(x = whole, y = tensor<fp16, [1, 4, 1, 1]>([[[[0x1p+0]], [[0x1p-1]], [[0x1p+1]], [[-0x1p+0]]]]));
+            tensor<fp16, [1, 4, 2, 3]> moved = add(x = scaled, y = tensor<fp16, [1, 4, 1, 1]>([[[[0x1p+0]], [[0x0p+0]], [[-0x1p+1]], [[0x1p-3]]]]));
+            tensor<fp16, [1, 4, 2, 3]> y = silu(x = moved);
+        } -> (y);",
+        expect: &["GroupNorm { groups: 2, eps: 0.0009765625, weighted }+Silu"],
+        gone: &["ReduceNode", "BinaryNode", "UnaryNode"],
+    },
+    Case {
+        name: "transposes around elementwise operations",
+        program: "func main<ios17>(tensor<fp16, [1, 2, 3]> x) {
+            tensor<fp16, [1, 2, 3]> squashed = sigmoid(x = x);
+            tensor<fp16, [1, 3, 2]> a = transpose(perm = tensor<int32, [3]>([0, 2, 1]), x = squashed);
+            tensor<fp16, [1, 3, 2]> b = exp(x = a);
+            tensor<fp16, [1, 3, 2]> c = mul(x = b, y = fp16(0x1p-1));
+            tensor<fp16, [1, 2, 3]> d = transpose(perm = tensor<int32, [3]>([0, 2, 1]), x = c);
+            tensor<fp16, [6]> e = reshape(shape = tensor<int32, [1]>([6]), x = d);
+            tensor<fp16, [1, 2, 3]> y = reshape(shape = tensor<int32, [3]>([1, 2, 3]), x = e);
+        } -> (y);",
+        expect: &["Exp"],
+        gone: &["Permute", "Reshape"],
+    },
+];
+
+/// A program that has part of a pattern, and what is said about the part that is missing.
+const MISSES: &[(&str, &str, &str)] = &[
+    (
+        "func main<ios17>(tensor<fp16, [1, 2, 3, 4]> q, tensor<fp16, [1, 2, 5, 3]> s, tensor<fp16, [1, 2, 5, 4]> v) {
+            tensor<fp16, [1, 2, 5, 3]> weights = softmax(axis = int32(-1), x = s);
+            tensor<fp16, [1, 2, 5, 4]> y = matmul(x = weights, y = q);
+        } -> (y);",
+        "attention at \"y\"",
+        "under the softmax is no product with keys",
+    ),
+    (
+        "func main<ios17>(tensor<fp16, [1, 3, 8]> x) {
+            tensor<fp16, [1, 3, 8]> square = mul(x = x, y = x);
+            tensor<fp16, [1, 1, 8]> mean = reduce_mean(axes = tensor<int32, [1]>([1]), keep_dims = bool(true), x = square);
+            tensor<fp16, [1, 1, 8]> root = rsqrt(epsilon = fp16(0x1p-14), x = mean);
+            tensor<fp16, [1, 3, 8]> y = mul(x = x, y = root);
+        } -> (y);",
+        "RMS norm at \"y\"",
+        "over the last dimension",
+    ),
+    (
+        "func main<ios17>(tensor<fp16, [2, 3, 8]> x) {
+            tensor<fp16, [2, 3, 8]> e = exp(x = x);
+            tensor<fp16, [2, 3, 1]> sum = reduce_sum(axes = tensor<int32, [1]>([-1]), keep_dims = bool(true), x = e);
+            tensor<fp16, [2, 3, 8]> y = real_div(x = e, y = sum);
+        } -> (y);",
+        "softmax at \"y\"",
+        "the maximum over the last dimension is not subtracted first",
+    ),
+    (
+        "func main<ios17>(tensor<fp16, [1, 2]> x, tensor<fp16, [1, 1]> r) {
+            tensor<fp16, [1, 3]> a = linear(x = x, weight = tensor<fp16, [3, 2]>([[0x1p+0, 0x1p-1], [0x1p+1, -0x1p+0], [0x1p-2, 0x1p+0]]));
+            tensor<fp16, [1, 3]> y = add(x = a, y = r);
+        } -> (y);",
+        "residual of a product at \"y\"",
+        "the shapes of product and residual differ",
+    ),
+    (
+        "func main<ios17>(tensor<fp16, [1, 2]> x) {
+            tensor<fp16, [1, 2]> a = linear(x = x, weight = tensor<fp16, [2, 2]>([[0x1p+0, 0x1p-1], [0x1p+1, -0x1p+0]]));
+            tensor<fp16, [1, 2]> b = silu(x = a);
+        } -> (a, b);",
+        "activation of a product at \"b\"",
+        "the product is read elsewhere too",
+    ),
 ];
 
 fn open(program: &str, passes: bool) -> Model {
@@ -202,6 +352,33 @@ fn spellings_are_merged() {
         }
         for gone in case.gone.iter().filter(|g| graph.contains(**g)) {
             failures.push(format!("{}: still {gone} in\n{graph}", case.name));
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+#[test]
+fn the_text_of_each_spelling_before_and_after_is_as_kept() {
+    for case in CASES {
+        let text = |passes: bool| {
+            let model = open(case.program, passes);
+            model.graph(&model.default_shapes().unwrap()).unwrap().to_string()
+        };
+        let both = format!("{}becomes\n{}", text(false), text(true));
+        insta::assert_snapshot!(case.name.replace([' ', ','], "_"), both);
+    }
+}
+
+#[test]
+fn a_pattern_that_is_there_in_part_is_explained() {
+    let mut failures = Vec::new();
+    for (program, at, why) in MISSES {
+        let text = open(program, true).explain().unwrap().to_string();
+        let said = text
+            .lines()
+            .any(|line| line.starts_with(&format!("not merged: {at}")) && line.contains(why));
+        if !said {
+            failures.push(format!("no {at:?} with {why:?} in\n{text}"));
         }
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));

@@ -1,10 +1,12 @@
 //! Attention of a few queries: products with keys and values where they lie.
 
-use super::Call;
+use super::{Call, Runs};
 use crate::elementwise::math::exp;
+use crate::loops::Shared;
 use crate::matmul::Source;
 use crate::matvec::Stored;
 use crate::pool::Pool;
+use crate::scratch::Scratch;
 use crate::simd::{Kernel, Simd, dispatch};
 use std::cell::RefCell;
 use std::ops::Range;
@@ -17,36 +19,133 @@ thread_local! {
     static WORK: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// One job per head of keys, or per query head where that leaves threads idle.
-pub(super) fn run(pool: &Pool, call: &Call, runs: &[Range<usize>]) {
+/// Key positions a job reads at least, where those of a head are divided to give every thread work.
+const LEAST_KEYS: usize = 64;
+
+/// Scores and values a job should see before another one is worth claiming.
+const LEAST_WORK: usize = 40_000;
+
+/// One job per head of keys and few queries; where that leaves threads idle, per part of the positions too.
+pub(super) fn run(pool: &Pool, call: &Call, runs: &[Range<usize>], scratch: &mut Scratch) {
     let visible: usize = runs.iter().map(Range::len).sum();
     let rows = call.group() * call.queries;
-    let each = if call.kv_heads < pool.threads() {
-        call.queries
+    let blocks = rows.div_ceil(ROWS);
+    let jobs = call.kv_heads * blocks;
+    let parts = parts(pool.threads(), jobs, visible);
+    let work = rows.min(ROWS) * visible * (call.size + call.v_size) / parts;
+    let line = call.v_size + 2;
+    let space = if parts == 1 {
+        0
     } else {
-        rows
+        call.heads * call.queries * parts * line
     };
-    let jobs = call.kv_heads * rows / each;
-    let work = each * visible * (call.size + call.v_size);
-    pool.run_ranges(jobs, (40_000 / work.max(1)).max(1), &|range| {
+    let partial = scratch.f32(space);
+    let target = Shared(partial.as_mut_ptr());
+    pool.run_ranges(jobs * parts, (LEAST_WORK / work.max(1)).max(1), &|range| {
         WORK.with_borrow_mut(|work| {
             for job in range {
-                let first = job * each;
-                for start in (0..each).step_by(ROWS) {
-                    let rows = first + start..first + (start + ROWS).min(each);
-                    head(call, runs, visible, rows, work);
+                let (block, part) = (job / parts, job % parts);
+                let first = block / blocks * rows;
+                let start = block % blocks * ROWS;
+                let rows = first + start..first + (start + ROWS).min(rows);
+                if parts == 1 {
+                    head(call, runs, rows, work, None);
+                } else {
+                    let own = within(runs, visible * part / parts..visible * (part + 1) / parts);
+                    head(call, &own, rows, work, Some((target, part, parts)));
                 }
             }
         });
     });
+    if parts > 1 {
+        for (row, partial) in partial.chunks_exact_mut(parts * line).enumerate() {
+            merge(partial, parts, line);
+            store(call, row, &partial[2..line]);
+        }
+    }
 }
 
-/// Rows (head, query) `rows`, which read the same keys.
-fn head(call: &Call, runs: &[Range<usize>], visible: usize, rows: Range<usize>, work: &mut Vec<f32>) {
+/// Into how many parts the positions are divided.
+fn parts(threads: usize, jobs: usize, visible: usize) -> usize {
+    if threads == 1 || (jobs >= threads && jobs.is_multiple_of(threads)) || jobs >= 8 * threads {
+        return 1;
+    }
+    (4 * threads).div_ceil(jobs).min(visible / LEAST_KEYS).max(1)
+}
+
+/// The positions whose places among the visible ones are in `range`.
+fn within(runs: &[Range<usize>], range: Range<usize>) -> Runs {
+    let mut own = Runs::new();
+    let mut before = 0;
+    for run in runs {
+        let start = range.start.max(before);
+        let end = range.end.min(before + run.len());
+        if start < end {
+            own.push(run.start + start - before..run.start + end - before);
+        }
+        before += run.len();
+    }
+    own
+}
+
+/// Joins the parts of one row, `[maximum, sum, values..]` each, to the values in the first of them.
+fn merge(partial: &mut [f32], parts: usize, line: usize) {
+    let max = partial.chunks_exact(line).map(|part| part[0]);
+    let max = max.fold(
+        f32::NEG_INFINITY,
+        |max, m| if m > max || m.is_nan() { m } else { max },
+    );
+    if max == f32::NEG_INFINITY {
+        return partial[2..line].fill(0.0);
+    }
+    let total: f32 = partial
+        .chunks_exact(line)
+        .map(|part| part[1] * (part[0] - max).exp())
+        .sum();
+    let (first, rest) = partial.split_at_mut(line);
+    let factor = (first[0] - max).exp() / total;
+    first[2..].iter_mut().for_each(|value| *value *= factor);
+    for part in rest.chunks_exact(line).take(parts - 1) {
+        let factor = (part[0] - max).exp() / total;
+        first[2..]
+            .iter_mut()
+            .zip(&part[2..])
+            .for_each(|(sum, value)| *sum += value * factor);
+    }
+}
+
+/// Writes the values of a row (head, query), which is this thread's.
+fn store(call: &Call, row: usize, values: &[f32]) {
+    let (h, s) = (row / call.queries, row % call.queries);
+    let (y, steps) = call.y;
+    for (d, value) in values.iter().enumerate() {
+        let at = h as isize * steps[0] + s as isize * steps[1] + d as isize * steps[2];
+        // SAFETY: inside the shape of the output, and the row belongs to this thread.
+        unsafe { *y.at(at) = *value };
+    }
+}
+
+/// Rows (head, query) `rows`, which read the same keys, over the positions in `runs`. The results are written out, or kept as
+/// part `.1` of `.2` for [`merge`].
+fn head(
+    call: &Call,
+    runs: &[Range<usize>],
+    rows: Range<usize>,
+    work: &mut Vec<f32>,
+    partial: Option<(Shared<f32>, usize, usize)>,
+) {
+    let visible: usize = runs.iter().map(Range::len).sum();
     let count = rows.len();
     let place = |row: usize| (row / call.queries, row % call.queries);
     let kv = place(rows.start).0 / call.group();
-    let wide = call.size.max(call.v_size);
+    // Rows that are read where they lie need no copy.
+    let (k, v) = (call.k.1, call.v.1);
+    let k_wide = if k[2] == 1 || k[1] == 1 { 0 } else { call.size };
+    let v_wide = if v[2] == 1 { 0 } else { call.v_size };
+    let wide = k_wide.max(v_wide);
+    // As much as the last position needs, so that a text that grows does not allocate on its way.
+    let most = ROWS * (call.size + call.keys + call.v_size) + call.keys * wide;
+    work.reserve(most.saturating_sub(work.len()));
     work.resize(count * (call.size + visible + call.v_size) + visible * wide, 0.0);
     let (q, rest) = work.split_at_mut(count * call.size);
     let (scores, rest) = rest.split_at_mut(count * visible);
@@ -61,29 +160,62 @@ fn head(call: &Call, runs: &[Range<usize>], visible: usize, rows: Range<usize>, 
         }
     }
     score(call, runs, kv, (q, call.size), scores, copy);
-    for (row, scores) in rows.clone().zip(scores.chunks_exact_mut(visible.max(1))) {
-        let (h, s) = place(row);
-        if call.mask.is_some() {
-            let keys = runs.iter().cloned().flatten();
-            keys.zip(scores.iter_mut()).for_each(|(t, score)| {
-                let mask = call.mask_at(h, s, t);
-                *score = if mask == f32::NEG_INFINITY {
-                    mask
-                } else {
-                    *score + mask
-                };
-            });
-        }
-        dispatch(Softmax { scores });
+    let mut totals = [(f32::NEG_INFINITY, 0.0); ROWS];
+    for ((row, scores), total) in rows
+        .clone()
+        .zip(scores.chunks_exact_mut(visible.max(1)))
+        .zip(&mut totals)
+    {
+        add_mask(call, runs, place(row), scores);
+        *total = dispatch(Exps { scores });
     }
     mix(call, runs, kv, (scores, visible), out, copy);
-    for (row, out) in rows.zip(out.chunks_exact(call.v_size)) {
-        let (h, s) = place(row);
-        let (y, steps) = call.y;
-        for (d, value) in out.iter().enumerate() {
-            let at = h as isize * steps[0] + s as isize * steps[1] + d as isize * steps[2];
-            // SAFETY: inside the shape of the output, and the row belongs to this thread.
-            unsafe { *y.at(at) = *value };
+    for ((row, out), (max, sum)) in rows.zip(out.chunks_exact_mut(call.v_size)).zip(totals) {
+        if let Some((target, part, parts)) = partial {
+            let line = call.v_size + 2;
+            let to = target.at(((row * parts + part) * line) as isize);
+            // SAFETY: each row and part has its own line.
+            let to = unsafe { std::slice::from_raw_parts_mut(to, line) };
+            (to[0], to[1]) = (max, sum);
+            to[2..].copy_from_slice(out);
+            continue;
+        }
+        if max == f32::NEG_INFINITY {
+            out.fill(0.0);
+        }
+        let factor = if max == f32::NEG_INFINITY { 0.0 } else { 1.0 / sum };
+        out.iter_mut().for_each(|value| *value *= factor);
+        store(call, row, out);
+    }
+}
+
+/// Adds the mask of head and query `place` to the scores of the positions in `runs`.
+fn add_mask(call: &Call, runs: &[Range<usize>], (h, s): (usize, usize), mut scores: &mut [f32]) {
+    let Some((p, steps)) = call.mask else {
+        return;
+    };
+    let add = |score: &mut f32, mask: f32| {
+        *score = if mask == f32::NEG_INFINITY {
+            mask
+        } else {
+            *score + mask
+        };
+    };
+    for run in runs {
+        let (now, rest) = scores.split_at_mut(run.len());
+        scores = rest;
+        if steps[2] == 1 {
+            let first = h as isize * steps[0] + s as isize * steps[1] + run.start as isize;
+            // SAFETY: the positions of the run in a dense row of the mask.
+            let mask = unsafe { std::slice::from_raw_parts(p.at(first), run.len()) };
+            now.iter_mut()
+                .zip(mask)
+                .for_each(|(score, mask)| add(score, *mask));
+        } else {
+            let masks = run.clone().map(|t| call.mask_at(h, s, t));
+            now.iter_mut()
+                .zip(masks)
+                .for_each(|(score, mask)| add(score, mask));
         }
     }
 }
@@ -228,7 +360,19 @@ impl<T: Stored> Kernel for Dots<'_, T> {
         assert!(self.q.len() == rows * size || visible == 0, "attention: queries");
         let mut i = 0;
         for run in self.runs {
-            for t in run.clone() {
+            let mut start = run.start;
+            while start + 8 <= run.end {
+                let keys = self.m.wrapping_offset(start as isize * self.step);
+                for r in 0..rows {
+                    let q = &self.q[r * size..][..size];
+                    let out = &mut self.scores[r * visible + i..][..8];
+                    // SAFETY: eight rows of keys.
+                    unsafe { dot_eight(s, keys, self.step, q, out) };
+                }
+                i += 8;
+                start += 8;
+            }
+            for t in start..run.end {
                 let key = self.m.wrapping_offset(t as isize * self.step);
                 match rows {
                     3 => self::dot::<S, T, 3>(s, key, self.q, size, visible, &mut self.scores[i..]),
@@ -237,6 +381,35 @@ impl<T: Stored> Kernel for Dots<'_, T> {
                 }
                 i += 1;
             }
+        }
+    }
+}
+
+/// `out[n] = q . keys[n]` for eight rows, `step` apart.
+///
+/// # Safety
+/// The rows have the elements of `q`.
+#[inline(always)]
+unsafe fn dot_eight<S: Simd, T: Stored>(s: S, keys: *const T, step: isize, q: &[f32], out: &mut [f32]) {
+    let mut sums = [s.zero(); 8];
+    let mut d = 0;
+    while d + S::LANES <= q.len() {
+        // SAFETY: a vector of the query.
+        let part = unsafe { s.load(q.as_ptr().add(d)) };
+        for (n, sum) in sums.iter_mut().enumerate() {
+            let key = keys.wrapping_offset(n as isize * step).wrapping_add(d);
+            // SAFETY: a vector inside the row.
+            *sum = s.fma(part, unsafe { T::load(s, key) }, *sum);
+        }
+        d += S::LANES;
+    }
+    let sums = s.sum_each(sums);
+    for (n, (out, sum)) in out.iter_mut().zip(sums).enumerate() {
+        *out = sum;
+        for (d, q) in q.iter().enumerate().skip(d) {
+            let key = keys.wrapping_offset(n as isize * step).wrapping_add(d);
+            // SAFETY: inside the row.
+            *out += q * unsafe { *key }.widen();
         }
     }
 }
@@ -455,22 +628,39 @@ pub(crate) unsafe fn few_rows<T: Stored>(
     }
 }
 
-/// Softmax in place; zeros where everything is minus infinity.
-struct Softmax<'a> {
+/// Exponentials in place of scores; gives the maximum that was subtracted and their sum.
+struct Exps<'a> {
     scores: &'a mut [f32],
 }
 
-impl Kernel for Softmax<'_> {
-    type Out = ();
+impl Kernel for Exps<'_> {
+    type Out = (f32, f32);
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        softmax(s, self.scores);
+    fn run<S: Simd>(self, s: S) -> (f32, f32) {
+        exps(s, self.scores)
     }
 }
 
-/// See [`Softmax`].
+/// Softmax in place; zeros where everything is minus infinity.
 #[inline(always)]
 pub(crate) fn softmax<S: Simd>(s: S, x: &mut [f32]) {
+    let (max, sum) = exps(s, x);
+    if max == f32::NEG_INFINITY {
+        return;
+    }
+    let whole = x.len() / S::LANES * S::LANES;
+    let (head, tail) = x.split_at_mut(whole);
+    let factor = s.splat(1.0 / sum);
+    for x in head.chunks_exact_mut(S::LANES) {
+        // SAFETY: one vector.
+        unsafe { s.store(x.as_mut_ptr(), s.mul(s.load(x.as_ptr()), factor)) };
+    }
+    tail.iter_mut().for_each(|x| *x /= sum);
+}
+
+/// See [`Exps`]; zeros, minus infinity and 0 where everything is minus infinity.
+#[inline(always)]
+fn exps<S: Simd>(s: S, x: &mut [f32]) -> (f32, f32) {
     let whole = x.len() / S::LANES * S::LANES;
     let (head, tail) = x.split_at_mut(whole);
     let mut most = s.splat(f32::NEG_INFINITY);
@@ -485,7 +675,7 @@ pub(crate) fn softmax<S: Simd>(s: S, x: &mut [f32]) {
     if max == f32::NEG_INFINITY {
         head.fill(0.0);
         tail.fill(0.0);
-        return;
+        return (max, 0.0);
     }
     let shift = s.splat(max);
     let mut sums = s.zero();
@@ -505,10 +695,5 @@ pub(crate) fn softmax<S: Simd>(s: S, x: &mut [f32]) {
     unsafe { s.store(rest.as_mut_ptr(), e) };
     sum += rest[..tail.len()].iter().sum::<f32>();
     tail.copy_from_slice(&rest[..tail.len()]);
-    let factor = s.splat(1.0 / sum);
-    for x in head.chunks_exact_mut(S::LANES) {
-        // SAFETY: one vector.
-        unsafe { s.store(x.as_mut_ptr(), s.mul(s.load(x.as_ptr()), factor)) };
-    }
-    tail.iter_mut().for_each(|x| *x /= sum);
+    (max, sum)
 }

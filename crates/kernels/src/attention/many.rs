@@ -91,18 +91,8 @@ fn panel(
         }
         .block(0..seen, 0..1, scores, space)
     };
-    if call.mask.is_some() {
-        for (lane, (h, s)) in lanes.clone().map(place).enumerate() {
-            for (i, t) in runs.iter().cloned().flatten().take(seen).enumerate() {
-                let mask = call.mask_at(h, s, t);
-                let score = &mut scores[i * width + lane];
-                *score = if mask == f32::NEG_INFINITY {
-                    mask
-                } else {
-                    *score + mask
-                };
-            }
-        }
+    for (lane, (h, s)) in lanes.clone().map(place).enumerate() {
+        add_mask(call, runs, (h, s), &mut scores[..seen * width], lane);
     }
     dispatch(Softmax {
         scores: &mut scores[..seen * width],
@@ -127,6 +117,25 @@ fn panel(
         for d in 0..call.v_size {
             // SAFETY: inside the shape of the output, and the row belongs to this thread.
             unsafe { *y.at(to + d as isize * steps[2]) = out[d * width + lane] };
+        }
+    }
+}
+
+/// Adds the mask of head and query `(h, s)` to column `lane` of `[keys][panel]`.
+fn add_mask(call: &Call, runs: &[Range<usize>], (h, s): (usize, usize), scores: &mut [f32], lane: usize) {
+    let Some((p, steps)) = call.mask else { return };
+    let first = h as isize * steps[0] + s as isize * steps[1];
+    let mut lines = scores.chunks_exact_mut(panel_width());
+    for run in runs {
+        for (t, line) in run.clone().zip(&mut lines) {
+            // SAFETY: a position of the mask's row.
+            let mask = unsafe { *p.at(first + t as isize * steps[2]) };
+            // Most entries are 0.
+            if mask == f32::NEG_INFINITY {
+                line[lane] = mask;
+            } else if mask != 0.0 {
+                line[lane] += mask;
+            }
         }
     }
 }

@@ -13,6 +13,17 @@ use crate::matmul::{Operand, Source};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
 use crate::strided::{View, ViewMut};
+use smallvec::SmallVec;
+use std::cell::RefCell;
+use std::ops::Range;
+
+thread_local! {
+    /// For each key position, whether a query sees it.
+    static SEEN: RefCell<Vec<bool>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Ranges of key positions. A causal mask leaves one, a window two at most.
+type Runs = SmallVec<[Range<usize>; 4]>;
 
 /// Up to this many query positions are handled one by one.
 const FEW_QUERIES: usize = 4;
@@ -63,7 +74,7 @@ pub fn attention(pool: &Pool, call: &Attention<'_>, y: ViewMut<'_, f32>, scratch
     }
     let runs = call.visible();
     if call.queries <= FEW_QUERIES {
-        few::run(pool, &call, &runs);
+        few::run(pool, &call, &runs, scratch);
     } else {
         many::run(pool, &call, &runs, scratch);
     }
@@ -138,44 +149,45 @@ impl Call {
     }
 
     /// Ranges of key positions that some query of some head sees.
-    fn visible(&self) -> Vec<std::ops::Range<usize>> {
+    fn visible(&self) -> Runs {
+        let mut runs = Runs::new();
         let Some((_, steps)) = self.mask else {
-            return vec![0..self.keys];
+            runs.push(0..self.keys);
+            return runs;
         };
         let heads = if steps[0] == 0 { 1 } else { self.heads };
         let queries = if steps[1] == 0 { 1 } else { self.queries };
-        let mut hidden = vec![true; self.keys];
-        for h in 0..heads {
-            for s in 0..queries {
-                for (t, hidden) in hidden.iter_mut().enumerate() {
-                    *hidden &= self.mask_at(h, s, t) == f32::NEG_INFINITY;
+        SEEN.with_borrow_mut(|seen| {
+            seen.clear();
+            seen.resize(self.keys, false);
+            // Row by row, as the mask lies in memory.
+            for (h, s) in (0..heads).flat_map(|h| (0..queries).map(move |s| (h, s))) {
+                for (t, seen) in seen.iter_mut().enumerate() {
+                    *seen |= self.mask_at(h, s, t) != f32::NEG_INFINITY;
                 }
             }
-        }
-        let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
-        for t in (0..self.keys).filter(|t| !hidden[*t]) {
-            match runs.last_mut() {
-                Some(run) if run.end == t => run.end += 1,
-                _ => runs.push(t..t + 1),
+            for (t, _) in seen.iter().enumerate().filter(|(_, seen)| **seen) {
+                match runs.last_mut() {
+                    Some(run) if run.end == t => run.end += 1,
+                    _ => runs.push(t..t + 1),
+                }
             }
-        }
+        });
         runs
     }
 
     /// Copies the visible rows of keys or values of one head into `out`, element `[i, d]` at `i * to[0] + d * to[1]`.
-    fn pack(
-        &self,
-        keys: bool,
-        head: usize,
-        runs: &[std::ops::Range<usize>],
-        to: [usize; 2],
-        out: &mut [f32],
-    ) {
+    fn pack(&self, keys: bool, head: usize, runs: &[Range<usize>], to: [usize; 2], out: &mut [f32]) {
         let ((source, steps), size) = if keys {
             (self.k, self.size)
         } else {
             (self.v, self.v_size)
         };
+        if let (Source::F32(p), 1, 1) = (source, steps[2], to[0]) {
+            let p = p.at(head as isize * steps[0]).cast_const();
+            // SAFETY: the visible rows of the operand.
+            return unsafe { transposed(p, steps[1], size, runs, to[1], out) };
+        }
         for (i, t) in runs.iter().cloned().flatten().enumerate() {
             let base = head as isize * steps[0] + t as isize * steps[1];
             if steps[2] == 1 && to[1] == 1 {
@@ -198,6 +210,37 @@ impl Call {
                 // SAFETY: inside the operand's shape.
                 out[i * to[0] + d * to[1]] = unsafe { source.get(base + d as isize * steps[2]) };
             }
+        }
+    }
+}
+
+/// Rows `runs` of `size` numbers, `step` apart, as columns of lines of `line` numbers: whole pieces of a line are written at once.
+///
+/// # Safety
+/// The rows are readable.
+unsafe fn transposed(
+    x: *const f32,
+    step: isize,
+    size: usize,
+    runs: &[Range<usize>],
+    line: usize,
+    out: &mut [f32],
+) {
+    /// Rows that become one piece of every line.
+    const PIECE: usize = 8;
+    let mut at = 0;
+    for run in runs {
+        let mut t = run.start;
+        while t < run.end {
+            let count = PIECE.min(run.end - t);
+            let rows: [*const f32; PIECE] =
+                std::array::from_fn(|i| x.wrapping_offset((t + i.min(count - 1)) as isize * step));
+            for d in 0..size {
+                // SAFETY: every pointer is to a row that is there.
+                let piece = rows.map(|row| unsafe { *row.add(d) });
+                out[d * line + at..][..count].copy_from_slice(&piece[..count]);
+            }
+            (at, t) = (at + count, t + count);
         }
     }
 }

@@ -216,6 +216,20 @@ fn softplus<S: Simd>(s: S, x: S::F) -> S::F {
     s.add(s.max(s.zero(), x), log1p)
 }
 
+/// [`Unary::Silu`].
+#[inline(always)]
+pub(crate) fn silu<S: Simd>(s: S, x: S::F) -> S::F {
+    s.mul(x, sigmoid(s, x))
+}
+
+/// [`Unary::HardSwish`] with its `from`, `alpha` and `beta`.
+#[inline(always)]
+pub(crate) fn hard_swish<S: Simd>(s: S, x: S::F, [from, alpha, beta]: [f32; 3]) -> S::F {
+    let x = s.select(s.lt(x, s.splat(from)), s.zero(), x);
+    let gate = s.fma(x, s.splat(alpha), s.splat(beta));
+    s.mul(x, s.min(s.splat(1.0), s.max(s.zero(), gate)))
+}
+
 /// Replaces `y` by `op` of `x`, `n` numbers each.
 ///
 /// # Safety
@@ -273,6 +287,7 @@ pub(crate) unsafe fn map<S: Simd>(s: S, op: Unary, x: *const f32, y: *mut f32, n
             s.mul(s.mul(v, s.splat(0.5)), s.add(one, tanh(s, inner)))
         }),
         Unary::GeluSigmoid => each!(v => s.mul(v, sigmoid(s, s.mul(v, s.splat(GELU_SIGMOID))))),
+        Unary::HardSwish { from, alpha, beta } => each!(v => hard_swish(s, v, [from, alpha, beta])),
         Unary::Identity => each!(v => v),
         Unary::Inverse { eps } => each!(v => s.div(one, s.add(v, s.splat(eps)))),
         Unary::LeakyRelu { alpha } => each!(v => s.fma(s.splat(alpha), s.min(zero, v), s.max(zero, v))),
@@ -291,7 +306,7 @@ pub(crate) unsafe fn map<S: Simd>(s: S, op: Unary, x: *const f32, y: *mut f32, n
         Unary::SigmoidHard { alpha, beta } => {
             each!(v => s.min(one, s.max(zero, s.add(s.mul(v, s.splat(alpha)), s.splat(beta)))))
         }
-        Unary::Silu => each!(v => s.mul(v, sigmoid(s, v))),
+        Unary::Silu => each!(v => silu(s, v)),
         Unary::Sin => each!(v => sin_cos(s, v, 0)),
         Unary::Softplus => each!(v => softplus(s, v)),
         Unary::Softsign => each!(v => s.div(v, s.add(one, s.abs(v)))),
@@ -404,6 +419,11 @@ mod tests {
             Unary::GeluExact,
             Unary::GeluTanh,
             Unary::GeluSigmoid,
+            Unary::HardSwish {
+                from: -3.0,
+                alpha: 1.0 / 6.0,
+                beta: 0.5,
+            },
             Unary::Identity,
             Unary::Inverse { eps },
             Unary::LeakyRelu { alpha },

@@ -39,6 +39,12 @@ pub enum Unary {
     GeluTanh,
     /// `x * sigmoid(1.702 * x)`
     GeluSigmoid,
+    /// `x * min(max(alpha * x + beta, 0), 1)` for `x >= from`, else 0
+    HardSwish {
+        from: f32,
+        alpha: f32,
+        beta: f32,
+    },
     /// The value itself.
     Identity,
     /// `1 / (x + eps)`
@@ -130,6 +136,8 @@ impl Unary {
             Unary::GeluExact => 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)),
             Unary::GeluTanh => 0.5 * x * (1.0 + (GELU_SLOPE * (x + GELU_CUBIC * x * x * x)).tanh()),
             Unary::GeluSigmoid => x * sigmoid(GELU_SIGMOID * x),
+            Unary::HardSwish { from, .. } if x < from => 0.0,
+            Unary::HardSwish { alpha, beta, .. } => x * (alpha * x + beta).clamp(0.0, 1.0),
             Unary::Identity => x,
             Unary::Inverse { eps } => 1.0 / (x + eps),
             Unary::LeakyRelu { alpha } => x.max(0.0) + alpha * x.min(0.0),

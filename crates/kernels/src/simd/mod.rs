@@ -3,6 +3,8 @@
 //! A kernel is written once, generic over [`Simd`]. The value of a `Simd` type is proof that the processor has the
 //! instructions: [`dispatch`] makes it after asking, and nothing else does.
 
+#[cfg(test)]
+mod agree;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod scalar;
@@ -76,7 +78,20 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn shr<const N: i32>(self, a: Self::I) -> Self::I;
 
     fn sum(self, x: Self::F) -> f32;
+    /// The sum of each of eight vectors.
+    #[inline(always)]
+    fn sum_each(self, x: [Self::F; 8]) -> [f32; 8] {
+        let mut sums = [0.0; 8];
+        for (sum, x) in sums.iter_mut().zip(x) {
+            *sum = self.sum(x);
+        }
+        sums
+    }
     fn largest(self, x: Self::F) -> f32;
+
+    /// Asks memory for the line at `p`, which may be any address.
+    #[inline(always)]
+    fn prefetch(self, _p: *const u8) {}
 
     #[inline(always)]
     fn zero(self) -> Self::F {
@@ -135,9 +150,28 @@ pub(crate) enum Isa {
     Neon,
 }
 
+#[cfg(test)]
+thread_local! {
+    /// What a test wants this thread to use.
+    static FORCED: std::cell::Cell<Option<Isa>> = const { std::cell::Cell::new(None) };
+}
+
+/// Runs `f` with an instruction set that this processor has, on this thread only.
+#[cfg(test)]
+pub(crate) fn forced<T>(set: Isa, f: impl FnOnce() -> T) -> T {
+    FORCED.set(Some(set));
+    let result = f();
+    FORCED.set(None);
+    result
+}
+
 /// The best instruction set of this processor.
 #[inline]
 pub(crate) fn isa() -> Isa {
+    #[cfg(test)]
+    if let Some(set) = FORCED.get() {
+        return set;
+    }
     #[cfg(target_arch = "x86_64")]
     {
         if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") && has_avx2() {
@@ -157,6 +191,10 @@ pub(crate) fn isa() -> Isa {
 #[cfg(target_arch = "x86_64")]
 #[inline]
 pub(crate) fn has_avx2() -> bool {
+    #[cfg(test)]
+    if FORCED.get() == Some(Isa::Portable) {
+        return false;
+    }
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
 }
 
@@ -199,6 +237,9 @@ mod tests {
                         s.load(&numbers[at + 9]),
                     )
                 };
+                for (n, sum) in s.sum_each([a, b, c, a, b, c, a, b]).into_iter().enumerate() {
+                    assert!((sum - s.sum([a, b, c][n % 3])).abs() < 1e-3, "sum {n}: {sum}");
+                }
                 let mask = s.lt(a, b);
                 let (ia, ib) = (s.to_int(a), s.to_int(b));
                 let results = [

@@ -26,11 +26,40 @@ pub(super) unsafe fn with_avx512<K: Kernel>(kernel: K) -> K::Out {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Avx2(());
 
+/// In each half of four: `a0 + a2, b0 + b2, a1 + a3, b1 + b3`.
+///
+/// # Safety
+/// The processor has AVX.
+#[inline(always)]
+unsafe fn halves(a: __m256, b: __m256) -> __m256 {
+    // SAFETY: the caller's.
+    unsafe { _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)) }
+}
+
+/// In each half of four: `a0 + a2, a1 + a3, b0 + b2, b1 + b3`.
+///
+/// # Safety
+/// The processor has AVX.
+#[inline(always)]
+unsafe fn quarters(a: __m256, b: __m256) -> __m256 {
+    // SAFETY: the caller's.
+    unsafe {
+        let (a, b) = (_mm256_castps_pd(a), _mm256_castps_pd(b));
+        let (low, high) = (_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b));
+        _mm256_add_ps(_mm256_castpd_ps(low), _mm256_castpd_ps(high))
+    }
+}
+
 impl Simd for Avx2 {
     const LANES: usize = 8;
     type F = __m256;
     type I = __m256i;
     type M = __m256;
+    #[inline(always)]
+    fn prefetch(self, p: *const u8) {
+        // SAFETY: the token says that the processor has the instruction; no address makes it fail.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
         // SAFETY: the token says that the processor has the instruction.
@@ -45,6 +74,21 @@ impl Simd for Avx2 {
     unsafe fn store(self, p: *mut f32, x: Self::F) {
         // SAFETY: the caller's for the memory, the token's for the instructions.
         unsafe { _mm256_storeu_ps(p, x) }
+    }
+    #[inline(always)]
+    fn sum_each(self, x: [Self::F; 8]) -> [f32; 8] {
+        let mut sums = [0.0; 8];
+        // SAFETY: the token says that the processor has the instructions; eight numbers are written.
+        unsafe {
+            let first = quarters(halves(x[0], x[1]), halves(x[2], x[3]));
+            let second = quarters(halves(x[4], x[5]), halves(x[6], x[7]));
+            let sum = _mm256_add_ps(
+                _mm256_permute2f128_ps::<0x20>(first, second),
+                _mm256_permute2f128_ps::<0x31>(first, second),
+            );
+            _mm256_storeu_ps(sums.as_mut_ptr(), sum);
+        }
+        sums
     }
     #[inline(always)]
     fn add(self, a: Self::F, b: Self::F) -> Self::F {
@@ -220,6 +264,11 @@ impl Simd for Avx512 {
     type F = __m512;
     type I = __m512i;
     type M = __mmask16;
+    #[inline(always)]
+    fn prefetch(self, p: *const u8) {
+        // SAFETY: the token says that the processor has the instruction; no address makes it fail.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
         // SAFETY: the token says that the processor has the instruction.

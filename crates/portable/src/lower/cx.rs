@@ -202,6 +202,16 @@ impl<'a, 'm> OpCx<'a, 'm> {
         }
     }
 
+    /// Says that the elements of a constant were copied in another form and are not needed as the file has them for now.
+    pub fn release(&self, constant: &Const) {
+        match &constant.data {
+            ConstData::Stored(bytes) | ConstData::F16(bytes) => self.low.model.release(bytes),
+            ConstData::Lut(lut) => self.low.model.release(&lut.indices),
+            ConstData::Affine(affine) => self.low.model.release(&affine.data),
+            ConstData::F32(_) | ConstData::I32(_) | ConstData::Strings(_) => {}
+        }
+    }
+
     /// Adds a float constant made by lowering.
     pub fn add_f32(&mut self, dtype: DType, shape: &[usize], data: Vec<f32>) -> ValueId {
         self.add_const(Const::f32(dtype, shape, data))

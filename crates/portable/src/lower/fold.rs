@@ -18,6 +18,8 @@ impl Data {
     fn of(c: &Const) -> Data {
         match &c.data {
             ConstData::I32(v) => Data::I32(v.clone()),
+            // Not kept beside the file.
+            ConstData::Stored(_) => Data::F32(c.floats().into()),
             _ => Data::F32(c.dense()),
         }
     }

@@ -5,7 +5,15 @@ use crate::error::OpError;
 use crate::layout::checked_elements;
 use candle_coreml_mil::{self as mil, DType, ValueData};
 
-/// Reads a literal; 16-bit floats in a weight file stay there.
+/// Elements of a constant that is widened and copied: less than keeping a part of a file is worth.
+const SMALL: usize = 64;
+
+/// Whether the bytes of a file are 32-bit floats where they lie.
+fn is_floats(bytes: &[u8]) -> bool {
+    cfg!(target_endian = "little") && bytemuck::try_cast_slice::<u8, f32>(bytes).is_ok()
+}
+
+/// Reads a literal; floats in a weight file stay there.
 pub fn read(model: &mil::Model, value: &mil::Value) -> Result<Const, OpError> {
     let ty = value
         .ty
@@ -26,13 +34,15 @@ pub fn read(model: &mil::Model, value: &mil::Value) -> Result<Const, OpError> {
         _ => return Err("a constant must be a tensor".into()),
     };
     let data = match ty.dtype {
-        DType::Fp16 if count > 64 => ConstData::F16(bytes),
+        DType::Fp16 if count > SMALL => ConstData::F16(bytes),
+        DType::Fp32 if count > SMALL && is_floats(&bytes) => ConstData::Stored(bytes),
         t if t.is_float() => ConstData::F32(decode_f32(t, &bytes).into()),
         t => ConstData::I32(decode_i32(t, &bytes, count).into()),
     };
     let have = match &data {
         ConstData::F32(v) => v.len(),
         ConstData::I32(v) => v.len(),
+        ConstData::Stored(b) => b.len() / 4,
         ConstData::F16(b) => b.len() / 2,
         _ => count,
     };

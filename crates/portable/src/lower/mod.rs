@@ -372,9 +372,11 @@ impl Const {
     /// The same elements under another type and shape of as many elements.
     pub(crate) fn alias(&self, dtype: mil::DType, shape: &[usize]) -> Option<Const> {
         match &self.data {
-            ConstData::F32(_) | ConstData::I32(_) | ConstData::F16(_) | ConstData::Strings(_) => {
-                Some(Const::new(dtype, shape, self.data.clone()))
-            }
+            ConstData::F32(_)
+            | ConstData::I32(_)
+            | ConstData::Stored(_)
+            | ConstData::F16(_)
+            | ConstData::Strings(_) => Some(Const::new(dtype, shape, self.data.clone())),
             ConstData::Lut(_) | ConstData::Affine(_) => None,
         }
     }

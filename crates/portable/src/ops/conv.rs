@@ -2,6 +2,7 @@
 
 mod computed;
 mod last;
+mod phases;
 mod quantized;
 mod transpose;
 

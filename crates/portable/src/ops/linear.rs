@@ -2,13 +2,16 @@
 
 mod einsum;
 
+use crate::constant::{Const, ConstData};
 use crate::error::OpResult;
 use crate::graph::{Storage, ValueId};
 use crate::layout::{Layout, Shape, elements};
 use crate::lower::OpCx;
 use crate::op::{Args, In, Op, OpSpec, Support, opt, req};
 use crate::ops::broadcast_shape;
-use candle_coreml_kernels::{self as kernels, Epilogue, Operand, Unary, Weights};
+use candle_coreml_kernels::{
+    self as kernels, ConvBeside, ConvParams, Epilogue, Operand, PackedConv, Unary, Weights,
+};
 use candle_coreml_mil::DType;
 use smallvec::SmallVec;
 use std::sync::Arc;
@@ -22,7 +25,22 @@ pub struct Linear {
     pub bias: Option<Arc<[f32]>>,
     /// Applied before the residual.
     pub activation: Option<Unary>,
+    /// The weights packed as those of a convolution with a window of one pixel, where that is the better way.
+    pub packed: Option<Arc<PackedConv>>,
 }
+
+/// A window of one pixel.
+const PIXEL: ConvParams = ConvParams {
+    kernel: [1; 3],
+    stride: [1; 3],
+    dilation: [1; 3],
+    pad_before: [0; 3],
+    pad_after: [0; 3],
+    groups: 1,
+};
+
+/// Rows of `x` from which weights of 32 bits are packed: fewer are multiplied one by one, with weights as they are stored.
+const PACK_FROM: usize = 5;
 
 impl std::fmt::Debug for Linear {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -65,12 +83,17 @@ impl Op for Linear {
         "linear"
     }
 
-    fn accepts(&self, _index: usize, layout: &Layout, storage: Storage) -> bool {
-        storage == Storage::F32 && as_matrix(layout).is_some()
+    fn accepts(&self, index: usize, layout: &Layout, storage: Storage) -> bool {
+        let fits = match (&self.packed, index) {
+            (None, _) => as_matrix(layout).is_some(),
+            (Some(_), 0) => as_matrix(layout).is_some_and(|m| m.strides[1] == 1 || m.shape[1] == 1),
+            (Some(_), _) => layout.is_contiguous(),
+        };
+        storage == Storage::F32 && fits
     }
 
     fn output_layout(&self, inputs: &[&Layout], shape: &[usize]) -> Layout {
-        if !is_transposed(inputs[0]) {
+        if self.packed.is_some() || !is_transposed(inputs[0]) {
             return Layout::contiguous(shape);
         }
         let last = shape.len() - 1;
@@ -91,6 +114,9 @@ impl Op for Linear {
     }
 
     fn run(&self, args: &mut Args<'_>) -> OpResult<()> {
+        if let Some(packed) = &self.packed {
+            return self.run_packed(packed, args);
+        }
         let x = args.f32(0)?;
         let y = args.out_f32(0)?;
         let flat = "internal: a matrix view failed";
@@ -118,6 +144,37 @@ impl Op for Linear {
             residual,
         };
         kernels::linear(args.pool, x, &self.weights, y, &epilogue, args.scratch);
+        Ok(())
+    }
+}
+
+impl Linear {
+    /// The rows of `x` as the pixels of a picture of one row.
+    fn run_packed(&self, packed: &PackedConv, args: &mut Args<'_>) -> OpResult<()> {
+        let flat = "internal: a matrix view failed";
+        let (x, y) = (args.f32(0)?, args.out_f32(0)?);
+        let lx = as_matrix(&layout_of(&x)).ok_or(flat)?;
+        let (rows, k, n) = (lx.shape[0], lx.shape[1], packed.outputs());
+        let line = lx.strides[0];
+        let picture = [1, 1, rows, k];
+        let all = line.checked_mul(rows as isize).ok_or(flat)?;
+        let steps = [all, all, line, lx.strides[1]];
+        let x = kernels::View::new(x.data(), lx.offset, &picture, &steps).ok_or(flat)?;
+        let (result, offset) = ([1, 1, rows, n], y.offset());
+        let steps = crate::layout::row_major(&result);
+        let y = kernels::ViewMut::new(y.into_data(), offset, &result, &steps).ok_or(flat)?;
+        let residual = match args.inputs.get(1) {
+            Some(In::F32(r)) => ConvBeside::In(r.as_slice().ok_or(flat)?),
+            _ => ConvBeside::None,
+        };
+        let call = kernels::ConvLast {
+            packed,
+            bias: self.bias.as_deref(),
+            activation: self.activation,
+            residual,
+            last: None,
+        };
+        kernels::conv_last(args.pool, x, &call, y, args.scratch);
         Ok(())
     }
 }
@@ -349,11 +406,14 @@ impl OpCx<'_, '_> {
         };
         if let (Some(bias), Some(weights)) = (constant_bias, self.weights(w, n, k)?) {
             let bias = bias.filter(|b| b.iter().any(|&v| v != 0.0));
+            let rows = elements(&shape[..shape.len() - 1]);
+            let packed = self.packed_linear(w, (n, k), rows)?;
             return self.emit(
                 Linear {
                     weights,
                     bias,
                     activation: None,
+                    packed,
                 },
                 &[x],
                 dtype,
@@ -367,6 +427,23 @@ impl OpCx<'_, '_> {
             Some(b) => self.binary(kernels::Binary::Add, y, b),
             None => Ok(y),
         }
+    }
+
+    /// 32-bit weights that meet many rows, packed.
+    fn packed_linear(
+        &mut self,
+        w: ValueId,
+        matrix: (usize, usize),
+        rows: usize,
+    ) -> OpResult<Option<Arc<PackedConv>>> {
+        let wide = |c: &Arc<Const>| matches!(c.data, ConstData::F32(_) | ConstData::Stored(_));
+        let some = matrix.0 > 0 && matrix.1 > 0 && rows >= PACK_FROM;
+        let Some(constant) = self.constant(w).filter(|c| some && wide(c)) else {
+            return Ok(None);
+        };
+        let packed = constant.packed(matrix, &PIXEL, [1, rows], self.faithful())?;
+        self.release(&constant);
+        Ok(Some(packed))
     }
 
     /// numpy's matmul of values of rank 2 and more.

@@ -1,6 +1,9 @@
 //! Normalisations. Source: coremltools 9.0, `mil/ops/defs/iOS15/normalization.py`, and `softmax` of activation.py.
 
+mod group;
 mod spatial;
+
+pub use group::GroupNorm;
 
 use crate::error::OpResult;
 use crate::graph::{Storage, ValueId};

@@ -30,6 +30,26 @@ impl Op for Concat {
         true
     }
 
+    fn output_layout(&self, inputs: &[&Layout], shape: &[usize]) -> Layout {
+        // The order of dimensions that all inputs have in memory: pictures stay with channels last.
+        let like = |l: &&Layout| {
+            let whole = Layout {
+                shape: shape.into(),
+                ..(*l).clone()
+            };
+            let known = l
+                .shape
+                .iter()
+                .zip(shape)
+                .all(|(have, want)| *have != 1 || *want == 1);
+            known.then(|| whole.dense_like())
+        };
+        match inputs.first().and_then(like) {
+            Some(first) if inputs.iter().all(|l| like(l).as_ref() == Some(&first)) => first,
+            _ => Layout::contiguous(shape),
+        }
+    }
+
     fn run(&self, args: &mut Args<'_>) -> OpResult<()> {
         let mut out = args
             .outputs

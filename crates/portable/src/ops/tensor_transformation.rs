@@ -218,8 +218,13 @@ impl Masks {
             );
             return Err(text.into());
         }
-        let both = (0..shape.len()).map(|i| self.range(i, shape[i], begin[i], end[i]));
-        Ok(both.collect::<OpResult<Vec<_>>>()?.into_iter().unzip())
+        let (mut firsts, mut sizes) = (Shape::new(), Shape::new());
+        for (i, &len) in shape.iter().enumerate() {
+            let (first, size) = self.range(i, len, begin[i], end[i])?;
+            firsts.push(first);
+            sizes.push(size);
+        }
+        Ok((firsts, sizes))
     }
 
     fn steps(&self) -> Strides {

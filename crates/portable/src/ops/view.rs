@@ -2,7 +2,7 @@
 
 use crate::error::{OpError, OpResult};
 use crate::graph::ValueId;
-use crate::layout::{Layout, Shape, Strides, row_major};
+use crate::layout::{Layout, Shape, Strides};
 use crate::lower::OpCx;
 use crate::op::{Args, Op};
 use candle_coreml_mil::DType;
@@ -118,7 +118,5 @@ impl OpCx<'_, '_> {
 
 /// The strides of a row-major value, for views made from shapes alone.
 pub fn unit_steps(rank: usize) -> Strides {
-    let mut s = row_major(&vec![1; rank]);
-    s.fill(1);
-    s
+    Strides::from_elem(1, rank)
 }

@@ -20,31 +20,73 @@ pub fn fuse(graph: Graph) -> Graph {
 /// What the scores are made of.
 struct Scores {
     q: ValueId,
-    k: ValueId,
+    k: Keys,
     mask: Option<ValueId>,
     scale: f32,
+}
+
+/// The right side of the product of queries and keys.
+#[derive(Clone, Copy)]
+enum Keys {
+    /// `[.., T, D]`, of which the product reads the transposed form.
+    Rows(ValueId),
+    /// `[.., D, T]`: a converter has joined the transposition with the one that splits the heads.
+    Columns(ValueId),
+}
+
+impl Keys {
+    /// The shape of the keys as rows.
+    fn shape(self, r: &Rewriter) -> Shape {
+        match self {
+            Keys::Rows(k) => r.shape(k),
+            Keys::Columns(turned) => {
+                let mut shape = r.shape(turned);
+                let rank = shape.len();
+                if rank >= 2 {
+                    shape.swap(rank - 2, rank - 1);
+                }
+                shape
+            }
+        }
+    }
+
+    /// The keys as rows.
+    fn rows(self, r: &mut Rewriter, at: &Node) -> ValueId {
+        let turned = match self {
+            Keys::Rows(k) => return k,
+            Keys::Columns(turned) => turned,
+        };
+        let (shape, dtype) = (self.shape(r), r.dtype(turned));
+        let mut perm: Shape = (0..shape.len()).collect();
+        perm.swap(shape.len() - 2, shape.len() - 1);
+        r.emit(at, View::Permute(perm), &[turned], dtype, &shape)
+    }
 }
 
 fn spelled(r: &mut Rewriter, node: &Node) -> Option<()> {
     as_op::<MatMul>(node)?;
     let (weights, v) = (node.inputs[0], node.inputs[1]);
     let (_, softmax) = r.find::<Softmax>(through_reshape(r, weights))?;
-    let scores = scores(r, softmax.inputs[0])?;
-    let (sq, sk, sv) = (r.shape(scores.q), r.shape(scores.k), r.shape(v));
+    let Some(scores) = scores(r, softmax.inputs[0]) else {
+        let why = "under the softmax is no product with keys, times a number, plus a mask";
+        return r.miss(ATTENTION, node, why);
+    };
+    let (sq, sk, sv) = (r.shape(scores.q), scores.k.shape(r), r.shape(v));
     let rank = sq.len();
     if rank < 3 || sk.len() != rank || sv.len() < 2 || sq[..rank - 3] != sk[..rank - 3] {
-        return None;
+        return r.miss(ATTENTION, node, other_heads(&sq, &sk, &sv));
     }
     let (heads, keys, size) = (sq[rank - 3], sk[rank - 2], sv[sv.len() - 1]);
     // The values may have lost leading dimensions of 1 on the way.
     let whole = elements(&sq[..rank - 3]) * heads * keys * size == elements(&sv);
     if !whole || sk[rank - 3] != heads || sv[sv.len() - 2] != keys {
-        return None;
+        return r.miss(ATTENTION, node, other_heads(&sq, &sk, &sv));
     }
     let mut wide: Shape = sq[..rank - 2].into();
     wide.extend_from_slice(&[keys, size]);
     let v = r.reshape(node, v, &wide);
-    let mut inputs = vec![scores.q, scores.k, v];
+    let k = scores.k.rows(r, node);
+    let mut inputs = vec![scores.q, k, v];
     inputs.extend(scores.mask);
     let mut shape: Shape = sq[..rank - 1].into();
     shape.push(size);
@@ -58,6 +100,12 @@ fn spelled(r: &mut Rewriter, node: &Node) -> Option<()> {
         r.replace(node, Arc::new(View::Reshape(target)), &[y]);
     }
     Some(())
+}
+
+const ATTENTION: &str = "attention";
+
+fn other_heads(q: &[usize], k: &[usize], v: &[usize]) -> String {
+    format!("queries {q:?}, keys {k:?} and values {v:?} are not all [.., heads, positions, size]")
 }
 
 /// The value a reshape that keeps the last two dimensions looks at.
@@ -92,7 +140,7 @@ fn scores(r: &Rewriter, v: ValueId) -> Option<Scores> {
 }
 
 /// `q kᵀ`, perhaps times a number or divided by one.
-fn product(r: &Rewriter, v: ValueId) -> Option<(ValueId, ValueId, f32)> {
+fn product(r: &Rewriter, v: ValueId) -> Option<(ValueId, Keys, f32)> {
     let (at, scale) = match r.find::<BinaryNode>(v) {
         Some((BinaryNode(Binary::Mul), n)) => {
             let (a, b) = (n.inputs[0], n.inputs[1]);
@@ -104,14 +152,18 @@ fn product(r: &Rewriter, v: ValueId) -> Option<(ValueId, ValueId, f32)> {
         _ => (v, 1.0),
     };
     let (_, n) = r.find::<MatMul>(at)?;
-    let (View::Permute(perm), turned) = r.find::<View>(n.inputs[1])? else {
-        return None;
+    let keys = match r.find::<View>(n.inputs[1]) {
+        Some((View::Permute(perm), turned)) if swaps_last_two(perm) => Keys::Rows(turned.inputs[0]),
+        _ => Keys::Columns(n.inputs[1]),
     };
+    Some((n.inputs[0], keys, scale))
+}
+
+fn swaps_last_two(perm: &[usize]) -> bool {
     let rank = perm.len();
-    let swaps = rank >= 2
+    rank >= 2
         && perm[..rank - 2].iter().enumerate().all(|(i, &p)| i == p)
-        && perm[rank - 2..] == [rank - 1, rank - 2];
-    swaps.then(|| (n.inputs[0], turned.inputs[0], scale))
+        && perm[rank - 2..] == [rank - 1, rank - 2]
 }
 
 /// Reads repeated keys and values where they were before the repetition.

@@ -15,21 +15,26 @@ pub fn epilogues(graph: Graph) -> Graph {
     })
 }
 
+const ACTIVATION: &str = "activation of a convolution";
+
 /// `act(conv(x))`, `act(conv(x) + r)`.
 fn activation(r: &mut Rewriter, node: &Node) -> Option<()> {
     let act = as_op::<UnaryNode>(node)?.0;
     let sum = node.inputs[0];
     let (conv, source) = r.find::<ConvLast>(sum)?;
     let mut op = conv.clone();
-    if conv.last.is_some() || !r.used_once(sum) {
-        return None;
+    if conv.last.is_some() {
+        return r.miss(ACTIVATION, node, "the convolution has a last activation already");
+    }
+    if !r.used_once(sum) {
+        return r.miss(ACTIVATION, node, "the convolution is read elsewhere too");
     }
     if source.inputs.len() > 1 {
         op.last = Some(act);
     } else if conv.activation.is_none() {
         op.activation = Some(act);
     } else {
-        return None;
+        return r.miss(ACTIVATION, node, "the convolution has an activation already");
     }
     let inputs = source.inputs.clone();
     r.replace(node, Arc::new(op), &inputs);
@@ -43,20 +48,23 @@ fn residual(r: &mut Rewriter, node: &Node) -> Option<()> {
     };
     let (a, b) = (node.inputs[0], node.inputs[1]);
     let out = r.shape(node.outputs[0]);
-    let fits = |sum: ValueId, other: ValueId| {
-        r.find::<ConvLast>(sum)
-            .is_some_and(|(op, n)| n.inputs.len() == 1 && op.last.is_none())
-            && r.used_once(sum)
-            && sum != other
-            && r.shape(sum) == out
-            && r.shape(other) == out
+    let why_not = |sum: ValueId, other: ValueId| {
+        let (op, n) = r.find::<ConvLast>(sum)?;
+        Some(if n.inputs.len() > 1 || op.last.is_some() {
+            "the convolution has a residual already"
+        } else if !r.used_once(sum) || sum == other {
+            "the convolution is read elsewhere too"
+        } else if r.shape(sum) != out || r.shape(other) != out {
+            "the shapes of convolution and residual differ"
+        } else {
+            ""
+        })
     };
-    let (sum, other) = if fits(a, b) {
-        (a, b)
-    } else if fits(b, a) {
-        (b, a)
-    } else {
-        return None;
+    let (sum, other) = match (why_not(a, b), why_not(b, a)) {
+        (Some(""), _) => (a, b),
+        (_, Some("")) => (b, a),
+        (Some(why), _) | (None, Some(why)) => return r.miss("residual of a convolution", node, why),
+        (None, None) => return None,
     };
     let (conv, source) = r.find::<ConvLast>(sum)?;
     let (op, x) = (conv.clone(), source.inputs[0]);

@@ -23,8 +23,15 @@ fn activation(r: &mut Rewriter, node: &Node) -> Option<()> {
     let act = as_op::<UnaryNode>(node)?.0;
     let product = node.inputs[0];
     let (linear, source) = r.find::<Linear>(product)?;
-    if linear.activation.is_some() || source.inputs.len() > 1 || !r.used_once(product) {
-        return None;
+    let taken = if linear.activation.is_some() {
+        Some("the product has an activation already")
+    } else if source.inputs.len() > 1 {
+        Some("the product has a residual already")
+    } else {
+        (!r.used_once(product)).then_some("the product is read elsewhere too")
+    };
+    if let Some(why) = taken {
+        return r.miss("activation of a product", node, why);
     }
     let (op, x) = (
         Linear {
@@ -46,15 +53,30 @@ fn gated(r: &mut Rewriter, node: &Node) -> Option<()> {
     gated_of(r, node, a, b).or_else(|| gated_of(r, node, b, a))
 }
 
+const GATED: &str = "gated MLP";
+
 fn gated_of(r: &mut Rewriter, node: &Node, gate: ValueId, up: ValueId) -> Option<()> {
     let (g, gate_node) = r.find::<Linear>(gate)?;
     let (u, up_node) = r.find::<Linear>(up)?;
-    let activation = g.activation?;
+    // With the other way round, the gate may be the one that is activated.
+    if g.activation.is_none() && u.activation.is_some() {
+        return None;
+    }
+    let Some(activation) = g.activation else {
+        return r.miss(GATED, node, "neither product is activated");
+    };
     let plain = g.bias.is_none() && u.bias.is_none() && u.activation.is_none();
     let same = gate_node.inputs.as_slice() == up_node.inputs.as_slice() && gate_node.inputs.len() == 1;
     let alone = r.used_once(gate) && r.used_once(up) && r.shape(gate) == r.shape(up);
-    if !plain || !same || !alone {
-        return None;
+    let stored = g.packed.is_none() && u.packed.is_none();
+    let why = [
+        (stored, "the weights are packed: each product is faster by itself"),
+        (plain, "the products have biases, or both are activated"),
+        (same, "the products have different inputs, or residuals"),
+        (alone, "a product is read elsewhere too, or their shapes differ"),
+    ];
+    if let Some((_, why)) = why.into_iter().find(|(holds, _)| !holds) {
+        return r.miss(GATED, node, why);
     }
     let op = Gated {
         gate: g.weights.clone(),
@@ -73,19 +95,23 @@ fn residual(r: &mut Rewriter, node: &Node) -> Option<()> {
     };
     let (a, b) = (node.inputs[0], node.inputs[1]);
     let out = r.shape(node.outputs[0]);
-    let fits = |product: ValueId, other: ValueId| {
-        r.find::<Linear>(product)
-            .is_some_and(|(_, n)| n.inputs.len() == 1)
-            && r.used_once(product)
-            && r.shape(product) == out
-            && r.shape(other) == out
+    let why_not = |product: ValueId, other: ValueId| {
+        let (_, n) = r.find::<Linear>(product)?;
+        Some(if n.inputs.len() > 1 {
+            "the product has a residual already"
+        } else if !r.used_once(product) {
+            "the product is read elsewhere too"
+        } else if r.shape(product) != out || r.shape(other) != out {
+            "the shapes of product and residual differ"
+        } else {
+            ""
+        })
     };
-    let (product, other) = if fits(a, b) {
-        (a, b)
-    } else if fits(b, a) {
-        (b, a)
-    } else {
-        return None;
+    let (product, other) = match (why_not(a, b), why_not(b, a)) {
+        (Some(""), _) => (a, b),
+        (_, Some("")) => (b, a),
+        (Some(why), _) | (None, Some(why)) => return r.miss("residual of a product", node, why),
+        (None, None) => return None,
     };
     let (linear, source) = r.find::<Linear>(product)?;
     let (op, x) = (linear.clone(), source.inputs[0]);
@@ -95,7 +121,10 @@ fn residual(r: &mut Rewriter, node: &Node) -> Option<()> {
 
 /// Runs plain products of one input together: one pass over the input, one start of the threads.
 pub fn share_input(mut graph: Graph) -> Graph {
-    let plain = |n: &Node| as_op::<Linear>(n).is_some_and(|l| l.activation.is_none() && n.inputs.len() == 1);
+    let plain = |n: &Node| {
+        let alone = |l: &Linear| l.activation.is_none() && l.packed.is_none();
+        as_op::<Linear>(n).is_some_and(alone) && n.inputs.len() == 1
+    };
     let mut groups: HashMap<ValueId, Vec<usize>> = HashMap::new();
     for (i, node) in graph.nodes.iter().enumerate().filter(|(_, n)| plain(n)) {
         groups.entry(node.inputs[0]).or_default().push(i);

@@ -1,7 +1,9 @@
 //! Rewrites of a graph. Each pass keeps results within the tolerance of the operations it touches.
 
+mod arithmetic;
 mod attention;
 mod conv;
+mod group;
 mod linear;
 mod norm;
 mod rewrite;
@@ -15,13 +17,16 @@ use std::sync::Arc;
 /// All passes, in order.
 pub fn optimize(graph: Graph) -> Graph {
     let graph = views::simplify(clean(graph));
-    let graph = norm::rms_norm(graph);
+    let graph = norm::rms_norm(arithmetic::simplify(graph));
     let graph = norm::softmax(graph);
+    let graph = group::fuse(graph);
     let graph = rotary::fuse(graph);
     let graph = attention::fuse(graph);
     let graph = views::simplify(graph);
+    // One step passes one view; sequences have a permutation and a reshape.
     let graph = views::simplify(views::sink(graph));
-    let graph = conv::epilogues(linear::epilogues(graph));
+    let graph = views::simplify(views::sink(graph));
+    let graph = group::activations(conv::epilogues(linear::epilogues(graph)));
     linear::share_input(views::simplify(graph))
 }
 

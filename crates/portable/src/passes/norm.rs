@@ -23,6 +23,8 @@ pub fn rms_norm(graph: Graph) -> Graph {
     rewrite(graph, |r, node| weighted(r, node).is_some())
 }
 
+const RMS_NORM: &str = "RMS norm";
+
 /// `layer_norm(concat(x, -x))` with the first half kept: the mean of the doubled vector is 0 and its variance is mean(x²).
 fn doubled(r: &Rewriter, node: &Node) -> Option<(ValueId, f32)> {
     let View::Slice { begin, step, size } = as_op::<View>(node)? else {
@@ -37,7 +39,14 @@ fn doubled(r: &Rewriter, node: &Node) -> Option<(ValueId, f32)> {
     let first_half = begin.iter().all(|&b| b == 0) && step.iter().all(|&s| s == 1) && *size == shape;
     let plain =
         norm.axes == 1 && norm.gamma.is_none() && norm.beta.is_none() && concat.axis + 1 == shape.len();
-    (first_half && plain && is_negative(r, negative, x)).then_some((x, norm.eps))
+    if !is_negative(r, negative, x) {
+        return None;
+    }
+    if !(first_half && plain) {
+        let why = "of the norm of a doubled vector, the first half must be kept, the last dimension alone normalised, without weights";
+        return r.miss(RMS_NORM, node, why);
+    }
+    Some((x, norm.eps))
 }
 
 fn is_negative(r: &Rewriter, v: ValueId, x: ValueId) -> bool {
@@ -56,22 +65,31 @@ fn spelled_out(r: &Rewriter, node: &Node) -> Option<(ValueId, f32)> {
     let op = as_op::<BinaryNode>(node)?.0;
     let (a, b) = (node.inputs[0], node.inputs[1]);
     match op {
-        Binary::Mul => rms_of(r, a, b).or_else(|| rms_of(r, b, a)),
+        Binary::Mul => rms_of(r, node, a, b).or_else(|| rms_of(r, node, b, a)),
         Binary::Div => {
             let (UnaryNode(Unary::Sqrt), root) = r.find::<UnaryNode>(b)? else {
                 return None;
             };
-            mean_square(r, root.inputs[0], a).map(|eps| (a, eps))
+            let Some(eps) = mean_square(r, root.inputs[0], a) else {
+                return r.miss(RMS_NORM, node, NO_MEAN_SQUARE);
+            };
+            Some((a, eps))
         }
         _ => None,
     }
 }
 
-fn rms_of(r: &Rewriter, x: ValueId, factor: ValueId) -> Option<(ValueId, f32)> {
+const NO_MEAN_SQUARE: &str =
+    "the root is not of the mean, over the last dimension, of the squares of what it divides";
+
+fn rms_of(r: &Rewriter, node: &Node, x: ValueId, factor: ValueId) -> Option<(ValueId, f32)> {
     let (UnaryNode(Unary::Rsqrt { eps }), root) = r.find::<UnaryNode>(factor)? else {
         return None;
     };
-    mean_square(r, root.inputs[0], x).map(|inner| (x, inner + eps))
+    let Some(inner) = mean_square(r, root.inputs[0], x) else {
+        return r.miss(RMS_NORM, node, NO_MEAN_SQUARE);
+    };
+    Some((x, inner + eps))
 }
 
 /// The epsilon of `mean(x²) + eps` over the last dimension.
@@ -96,7 +114,7 @@ fn mean_square(r: &Rewriter, v: ValueId, x: ValueId) -> Option<f32> {
     }
 }
 
-fn is_square(r: &Rewriter, v: ValueId, x: ValueId) -> bool {
+pub fn is_square(r: &Rewriter, v: ValueId, x: ValueId) -> bool {
     if let Some((UnaryNode(Unary::Square), n)) = r.find::<UnaryNode>(v) {
         return n.inputs[0] == x;
     }
@@ -119,10 +137,18 @@ fn weighted(r: &mut Rewriter, node: &Node) -> Option<()> {
     };
     let (norm, source) = r.find::<RmsNorm>(normed)?;
     let shape = r.shape(normed);
-    let vector = r.vector(weight, *shape.last()?)?;
-    if norm.weight.is_some() || !r.used_once(normed) || r.shape(node.outputs[0]) != shape {
-        return None;
-    }
+    let why = if !r.used_once(normed) {
+        "the norm's result is read elsewhere too"
+    } else if norm.weight.is_some() {
+        "the norm has a weight already"
+    } else {
+        "what the norm is multiplied with is no constant vector along its last dimension"
+    };
+    let vector = shape.last().and_then(|&len| r.vector(weight, len));
+    let free = norm.weight.is_none() && r.used_once(normed) && r.shape(node.outputs[0]) == shape;
+    let Some(vector) = vector.filter(|_| free) else {
+        return r.miss("weight of an RMS norm", node, why);
+    };
     let (op, x) = (
         RmsNorm {
             weight: Some(vector),
@@ -145,6 +171,8 @@ pub fn softmax(graph: Graph) -> Graph {
     })
 }
 
+const SOFTMAX: &str = "softmax";
+
 fn spelled_softmax(r: &Rewriter, node: &Node) -> Option<ValueId> {
     let BinaryNode(Binary::Div) = as_op::<BinaryNode>(node)? else {
         return None;
@@ -155,15 +183,27 @@ fn spelled_softmax(r: &Rewriter, node: &Node) -> Option<ValueId> {
         let rank = r.shape(n.inputs[0]).len();
         (op.kind == kind && op.axes.as_slice() == [rank - 1]).then(|| n.inputs[0])
     };
-    if over_last(sum, Reduce::Sum)? != exp {
-        return None;
-    }
     let (UnaryNode(Unary::Exp), e) = r.find::<UnaryNode>(exp)? else {
         return None;
     };
-    let (BinaryNode(Binary::Sub), s) = r.find::<BinaryNode>(e.inputs[0])? else {
-        return None;
-    };
-    let x = s.inputs[0];
-    (over_last(s.inputs[1], Reduce::Max)? == x).then_some(x)
+    r.find::<ReduceNode>(sum).filter(|(_, n)| n.inputs[0] == exp)?;
+    if over_last(sum, Reduce::Sum) != Some(exp) {
+        return r.miss(
+            SOFTMAX,
+            node,
+            "the exponentials are not summed over the last dimension",
+        );
+    }
+    let shifted = r
+        .find::<BinaryNode>(e.inputs[0])
+        .filter(|(op, _)| op.0 == Binary::Sub);
+    let x = shifted.map(|(_, s)| (s.inputs[0], s.inputs[1]));
+    match x {
+        Some((x, top)) if over_last(top, Reduce::Max) == Some(x) => Some(x),
+        _ => r.miss(
+            SOFTMAX,
+            node,
+            "the maximum over the last dimension is not subtracted first",
+        ),
+    }
 }

@@ -1,11 +1,12 @@
 //! Walks a graph once and builds it anew, node by node, with a chance to replace each.
 
-use crate::graph::{Graph, Node, Source, ValueId};
+use crate::graph::{Graph, Miss, Node, Source, ValueId};
 use crate::layout::Shape;
 use crate::op::Op;
 use crate::ops::view::View;
 use candle_coreml_mil::DType;
 use std::any::Any;
+use std::cell::RefCell;
 use std::sync::Arc;
 
 /// The graph so far.
@@ -17,6 +18,7 @@ pub struct Rewriter {
     uses: Vec<u32>,
     /// For each value, the one that is read in its place.
     instead: Vec<Option<ValueId>>,
+    misses: RefCell<Vec<Miss>>,
 }
 
 /// Rebuilds `graph`; `visit` gives true when it has dealt with the node itself (by [`Rewriter::replace`], [`Rewriter::alias`]).
@@ -29,6 +31,7 @@ pub fn rewrite(mut graph: Graph, mut visit: impl FnMut(&mut Rewriter, &Node) -> 
         by: vec![None; uses.len()],
         instead: vec![None; uses.len()],
         uses,
+        misses: RefCell::default(),
     };
     for mut node in nodes {
         for v in &mut node.inputs {
@@ -63,6 +66,7 @@ impl Rewriter {
         self.graph.outputs.iter_mut().for_each(|(_, v)| current(v));
         self.graph.states.iter_mut().for_each(|s| current(&mut s.last));
         self.graph.nodes = self.done;
+        self.graph.misses.extend(self.misses.into_inner());
         super::clean(self.graph)
     }
 
@@ -76,6 +80,13 @@ impl Rewriter {
     pub fn find<T: Op>(&self, v: ValueId) -> Option<(&T, &Node)> {
         let node = self.producer(v)?;
         as_op::<T>(node).map(|op| (op, node))
+    }
+
+    /// Notes why a pattern whose beginning is at `node` ended there. Gives nothing, for the pattern to return.
+    pub fn miss<T>(&self, pattern: &'static str, node: &Node, why: impl Into<String>) -> Option<T> {
+        let (node, why) = (node.name.clone(), why.into());
+        self.misses.borrow_mut().push(Miss { pattern, node, why });
+        None
     }
 
     /// Whether nothing but one node reads the value.
@@ -96,6 +107,11 @@ impl Rewriter {
     /// The number a one-element constant holds.
     pub fn scalar(&self, v: ValueId) -> Option<f32> {
         self.graph.constant(v).and_then(|c| c.scalar())
+    }
+
+    /// The elements of a constant.
+    pub fn constant(&self, v: ValueId) -> Option<Arc<[f32]>> {
+        self.graph.constant(v).map(|c| c.dense())
     }
 
     /// The elements of a constant that is one vector along the last dimension, as a value of `len` elements.

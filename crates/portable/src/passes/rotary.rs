@@ -16,12 +16,16 @@ pub fn fuse(graph: Graph) -> Graph {
         let found = on_halves(r, node).or_else(|| swapped(r, node));
         let Some((x, cos, sin)) = found else { return false };
         if !fits(r, x, cos, sin) {
-            return false;
+            let (x, cos, sin) = (r.shape(x), r.shape(cos), r.shape(sin));
+            let why = format!("the tables {cos:?} and {sin:?} are not one row for each position of {x:?}");
+            return r.miss::<()>(ROTARY, node, why).is_some();
         }
         r.replace(node, Arc::new(Rotary), &[x, cos, sin]);
         true
     })
 }
+
+const ROTARY: &str = "rotary embedding";
 
 /// Tables must be `[.., 1, S, n]` beside `x [.., H, S, D]`: one row a position, the same for all heads.
 fn fits(r: &Rewriter, x: ValueId, cos: ValueId, sin: ValueId) -> bool {
@@ -90,7 +94,14 @@ fn on_halves(r: &Rewriter, node: &Node) -> Option<(ValueId, ValueId, ValueId)> {
         (fourth, third)
     };
     let fits = h1 == 0 && h2 == 1 && x == x2 && cosine == (x, 1, cos) && sine == (x, 0, sin);
-    fits.then_some((x, cos, sin))
+    if !fits {
+        return r.miss(
+            ROTARY,
+            node,
+            "the two halves do not meet the same cosines and sines crosswise",
+        );
+    }
+    Some((x, cos, sin))
 }
 
 /// `x * cos + concat(-x2, x1) * sin`.
@@ -99,10 +110,15 @@ fn swapped(r: &Rewriter, node: &Node) -> Option<(ValueId, ValueId, ValueId)> {
         return None;
     };
     let (a, b) = (node.inputs[0], node.inputs[1]);
-    with_turned(r, a, b).or_else(|| with_turned(r, b, a))
+    with_turned(r, node, a, b).or_else(|| with_turned(r, node, b, a))
 }
 
-fn with_turned(r: &Rewriter, straight: ValueId, turned: ValueId) -> Option<(ValueId, ValueId, ValueId)> {
+fn with_turned(
+    r: &Rewriter,
+    node: &Node,
+    straight: ValueId,
+    turned: ValueId,
+) -> Option<(ValueId, ValueId, ValueId)> {
     let (p, q) = binary(r, turned, Binary::Mul)?;
     let (x, sin) = match turned_source(r, p) {
         Some(x) => (x, q),
@@ -114,7 +130,11 @@ fn with_turned(r: &Rewriter, straight: ValueId, turned: ValueId) -> Option<(Valu
     } else if d == x {
         c
     } else {
-        return None;
+        return r.miss(
+            ROTARY,
+            node,
+            "what is multiplied with the cosines is not what was turned",
+        );
     };
     Some((x, cos, sin))
 }

@@ -124,15 +124,24 @@ pub fn sink(graph: Graph) -> Graph {
 fn movable(r: &Rewriter, v: ValueId) -> Option<(View, ValueId, Shape)> {
     let (view, node) = r.find::<View>(v)?;
     let x = node.inputs[0];
-    let source = r.producer(x)?;
-    let fusable = as_op::<Linear>(source).is_some()
+    let shape = r.shape(x);
+    inverse(view, &shape)?;
+    (r.used_once(v) && worth(r, x)).then(|| (view.clone(), x, shape))
+}
+
+/// Whether something gains from an elementwise operation right behind `x`: what computes it, or what does so behind more views.
+fn worth(r: &Rewriter, x: ValueId) -> bool {
+    let Some(source) = r.producer(x) else {
+        return false;
+    };
+    if let Some(View::Reshape(_) | View::Permute(_)) = as_op::<View>(source) {
+        return r.used_once(x) && worth(r, source.inputs[0]);
+    }
+    as_op::<Linear>(source).is_some()
         || as_op::<ConvLast>(source).is_some()
         || as_op::<PoolLast>(source).is_some()
         || as_op::<UnaryNode>(source).is_some()
-        || as_op::<BinaryNode>(source).is_some();
-    let shape = r.shape(x);
-    inverse(view, &shape)?;
-    (fusable && r.used_once(v)).then(|| (view.clone(), x, shape))
+        || as_op::<BinaryNode>(source).is_some()
 }
 
 fn sink_unary(r: &mut Rewriter, node: &Node) -> Option<()> {
@@ -143,8 +152,34 @@ fn sink_unary(r: &mut Rewriter, node: &Node) -> Option<()> {
     Some(())
 }
 
+/// An operation with one number, which is as good in front of a view as behind it.
+fn sink_scaled(r: &mut Rewriter, node: &Node) -> Option<()> {
+    let op = as_op::<BinaryNode>(node)?.clone();
+    let (a, b) = (node.inputs[0], node.inputs[1]);
+    let v = match (r.scalar(a), r.scalar(b)) {
+        (None, Some(_)) => a,
+        (Some(_), None) => b,
+        _ => return None,
+    };
+    if r.shape(v) != r.shape(node.outputs[0]) {
+        return None;
+    }
+    let (view, x, shape) = movable(r, v)?;
+    let number = if v == a { b } else { a };
+    if r.shape(number).len() > shape.len() {
+        return None;
+    }
+    let inputs = if v == a { [x, b] } else { [a, x] };
+    let y = r.emit(node, op, &inputs, r.dtype(node.outputs[0]), &shape);
+    r.replace(node, Arc::new(view), &[y]);
+    Some(())
+}
+
 fn sink_binary(r: &mut Rewriter, node: &Node) -> Option<()> {
     let op = as_op::<BinaryNode>(node)?.clone();
+    if let Some(()) = sink_scaled(r, node) {
+        return Some(());
+    }
     let (a, b) = (node.inputs[0], node.inputs[1]);
     let out = r.shape(node.outputs[0]);
     if r.shape(a) != out || r.shape(b) != out || elements(&out) == 0 {

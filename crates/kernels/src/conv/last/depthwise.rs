@@ -1,11 +1,17 @@
 //! One channel a group: every window runs along the channels.
+//!
+//! A row of the result is computed in strips of channels. Inside the strip, pixels whose windows lie in the picture go in
+//! tiles, so that a weight is read once for several pixels; those at the edges go one by one, with the cells they have.
 
 use super::Call;
 use crate::pool::Pool;
 use crate::simd::{Kernel, Simd, dispatch};
+use std::ops::Range;
 
 /// Vectors of channels that are summed side by side.
-const VECTORS: usize = 4;
+const VECTORS: usize = 2;
+/// Pixels in a tile at most.
+const TILE: usize = 6;
 
 pub(super) fn run(pool: &Pool, call: &Call<'_>) {
     let rows = call.y_dims[0] * call.y_dims[1];
@@ -22,7 +28,7 @@ pub(super) fn run(pool: &Pool, call: &Call<'_>) {
 }
 
 /// The cells of the window of output `out` along `axis` that lie in the picture.
-fn inside(call: &Call<'_>, axis: usize, out: usize, len: usize) -> std::ops::Range<usize> {
+fn inside(call: &Call<'_>, axis: usize, out: usize, len: usize) -> Range<usize> {
     let (params, start) = (&call.params, out * call.params.stride[axis]);
     let dilation = params.dilation[axis];
     // cell * dilation + start >= pad, and below pad + len
@@ -31,6 +37,18 @@ fn inside(call: &Call<'_>, axis: usize, out: usize, len: usize) -> std::ops::Ran
         .saturating_sub(start)
         .div_ceil(dilation);
     first..end.min(params.kernel[axis]).max(first)
+}
+
+/// The columns of the result whose windows lie in the picture with all their columns.
+fn whole(call: &Call<'_>) -> Range<usize> {
+    let (params, width) = (&call.params, call.x_dims[2]);
+    let (pad, stride) = (params.pad_before[2], params.stride[2]);
+    let reach = (params.kernel[2] - 1) * params.dilation[2];
+    let first = pad.div_ceil(stride).min(call.y_dims[2]);
+    let end = (width + pad)
+        .checked_sub(reach + 1)
+        .map_or(0, |last| last / stride + 1);
+    first..end.clamp(first, call.y_dims[2])
 }
 
 /// One row of the result.
@@ -44,119 +62,185 @@ impl Kernel for Row<'_> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let call = self.call;
-        let [_, height, width, channels] = call.x_dims;
-        let rows = inside(call, 1, self.row, height);
-        for column in 0..call.y_dims[2] {
-            let columns = inside(call, 2, column, width);
-            let window = Window {
-                call,
-                rows: rows.clone(),
-                columns,
-                row: self.row,
-                sample: self.sample,
-                column,
-            };
-            let at = ((self.sample * call.y_dims[1] + self.row) * call.y_dims[2] + column) * channels;
-            let mut channel = 0;
-            // SAFETY: the cells lie in the picture, the channels exist, and this row is this thread's.
-            unsafe {
-                while channel + VECTORS * S::LANES <= channels {
-                    window.channels::<S, VECTORS>(s, channel, VECTORS * S::LANES, at);
-                    channel += VECTORS * S::LANES;
-                }
-                while channel + S::LANES <= channels {
-                    window.channels::<S, 1>(s, channel, S::LANES, at);
-                    channel += S::LANES;
-                }
-                window.rest(channel, at);
+        let channels = self.call.x_dims[3];
+        let rows = inside(self.call, 1, self.row, self.call.x_dims[1]);
+        let columns = whole(self.call);
+        let mut channel = 0;
+        // SAFETY: the channels exist, and this row is this thread's.
+        unsafe {
+            while channel + VECTORS * S::LANES <= channels {
+                self.strip::<S, VECTORS>(s, &rows, &columns, channel);
+                channel += VECTORS * S::LANES;
+            }
+            while channel + S::LANES <= channels {
+                self.strip::<S, 1>(s, &rows, &columns, channel);
+                channel += S::LANES;
+            }
+            if channel < channels {
+                self.rest(&rows, channel);
             }
         }
     }
 }
 
-/// The window of one pixel.
-struct Window<'a> {
-    call: &'a Call<'a>,
-    rows: std::ops::Range<usize>,
-    columns: std::ops::Range<usize>,
-    sample: usize,
-    row: usize,
-    column: usize,
+/// The part of a window that lies in the picture.
+#[derive(Debug, Clone)]
+struct Cells {
+    rows: Range<usize>,
+    columns: Range<usize>,
 }
 
-impl Window<'_> {
-    /// Where the channels of a cell are in the picture.
+impl Row<'_> {
+    /// Where the channels of a cell of the window of `column` are in the picture.
     #[inline(always)]
-    fn pixel(&self, i: usize, j: usize) -> *const f32 {
+    fn pixel(&self, i: usize, j: usize, column: usize) -> *const f32 {
         let (params, steps) = (&self.call.params, &self.call.x_steps);
         let h = self.row * params.stride[1] + i * params.dilation[1] - params.pad_before[1];
-        let w = self.column * params.stride[2] + j * params.dilation[2] - params.pad_before[2];
+        let w = column * params.stride[2] + j * params.dilation[2] - params.pad_before[2];
         let offset = self.sample as isize * steps[0] + h as isize * steps[1] + w as isize * steps[2];
         self.call.x.at(offset)
     }
 
-    /// `V` vectors of channels from `channel` on; the result's pixel begins at element `at`.
+    /// Where the channels of a pixel of this row begin in the result.
+    #[inline(always)]
+    fn target(&self, column: usize) -> usize {
+        let [_, height, width, channels] = self.call.y_dims;
+        ((self.sample * height + self.row) * width + column) * channels
+    }
+
+    /// The row for `V` vectors of channels from `channel` on.
     ///
     /// # Safety
-    /// The channels exist, and the pixel is this thread's.
+    /// The channels exist, and the row is this thread's.
     #[inline(always)]
-    unsafe fn channels<S: Simd, const V: usize>(&self, s: S, channel: usize, count: usize, at: usize) {
-        let mut sums = [s.zero(); V];
-        let weights = self.call.packed.data().as_ptr();
-        let all = self.call.x_dims[3];
-        for i in self.rows.clone() {
-            let line = i * self.call.params.kernel[2];
-            for j in self.columns.clone() {
-                let (x, w) = (self.pixel(i, j), (line + j) * all + channel);
-                for (v, sum) in sums.iter_mut().enumerate() {
-                    // SAFETY: the caller's.
-                    *sum = unsafe {
-                        let x = s.load(x.add(channel + v * S::LANES));
-                        s.fma(x, s.load(weights.add(w + v * S::LANES)), *sum)
-                    };
+    unsafe fn strip<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        rows: &Range<usize>,
+        whole: &Range<usize>,
+        channel: usize,
+    ) {
+        let cells = |columns| Cells {
+            rows: rows.clone(),
+            columns,
+        };
+        let all = cells(0..self.call.params.kernel[2]);
+        let mut column = 0;
+        while column < self.call.y_dims[2] {
+            let left = whole.end.saturating_sub(column);
+            // SAFETY: the cells lie in the picture, and the rest is the caller's.
+            unsafe {
+                if !whole.contains(&column) {
+                    let columns = inside(self.call, 2, column, self.call.x_dims[2]);
+                    self.tile::<S, 1, V>(s, &cells(columns), column, channel);
+                    column += 1;
+                } else if left >= TILE {
+                    self.tile::<S, TILE, V>(s, &all, column, channel);
+                    column += TILE;
+                } else if left >= 3 {
+                    self.tile::<S, 3, V>(s, &all, column, channel);
+                    column += 3;
+                } else {
+                    self.tile::<S, 1, V>(s, &all, column, channel);
+                    column += 1;
                 }
             }
         }
-        let (epilogue, y) = (&self.call.epilogue, self.call.y);
-        if epilogue.in_registers() {
-            for (v, sum) in sums.into_iter().enumerate() {
-                let c = channel + v * S::LANES;
-                // SAFETY: the caller's.
-                unsafe { epilogue.put(s, sum, c, y, at + c) };
+    }
+
+    /// `T` pixels from `column` on, `V` vectors of channels from `channel` on, for the cells of the window given.
+    ///
+    /// # Safety
+    /// The cells lie in the picture for all these pixels, the channels exist, and the row is this thread's.
+    #[inline(always)]
+    unsafe fn tile<S: Simd, const T: usize, const V: usize>(
+        &self,
+        s: S,
+        cells: &Cells,
+        column: usize,
+        channel: usize,
+    ) {
+        let (call, params) = (self.call, &self.call.params);
+        let channels = call.x_dims[3];
+        let next = params.stride[2] as isize * call.x_steps[2];
+        let beside = params.dilation[2] as isize * call.x_steps[2];
+        let mut sums = [[s.zero(); V]; T];
+        for i in cells.rows.clone() {
+            let first = (i * params.kernel[2] + cells.columns.start) * channels + channel;
+            let mut w = call.packed.data().as_ptr().wrapping_add(first);
+            let mut x = self.pixel(i, cells.columns.start, column).wrapping_add(channel);
+            for _ in cells.columns.clone() {
+                // SAFETY: the weights of the cell, of these channels.
+                let weights: [S::F; V] = std::array::from_fn(|v| unsafe { s.load(w.add(v * S::LANES)) });
+                for (t, sums) in sums.iter_mut().enumerate() {
+                    let x = x.wrapping_offset(t as isize * next);
+                    for v in 0..V {
+                        // SAFETY: the channels of the cell of pixel `t`.
+                        sums[v] = s.fma(unsafe { s.load(x.add(v * S::LANES)) }, weights[v], sums[v]);
+                    }
+                }
+                w = w.wrapping_add(channels);
+                x = x.wrapping_offset(beside);
             }
-        } else {
-            let mut line = [0.0; 16 * VECTORS];
+        }
+        // SAFETY: the caller's.
+        unsafe { self.put(s, sums, column, channel) };
+    }
+
+    /// What follows the sums of [`Row::tile`].
+    ///
+    /// # Safety
+    /// As there.
+    #[inline(always)]
+    unsafe fn put<S: Simd, const T: usize, const V: usize>(
+        &self,
+        s: S,
+        sums: [[S::F; V]; T],
+        column: usize,
+        channel: usize,
+    ) {
+        let (epilogue, y) = (&self.call.epilogue, self.call.y);
+        let at = self.target(column) + channel;
+        let channels = self.call.y_dims[3];
+        if epilogue.in_registers() {
+            // SAFETY: the caller's.
+            return unsafe { epilogue.finish(s, sums, channel, (y, at, channels)) };
+        }
+        let mut lines = [0.0; 16 * VECTORS * TILE];
+        for (t, sums) in sums.into_iter().enumerate() {
             for (v, sum) in sums.into_iter().enumerate() {
                 // SAFETY: no vector is longer than sixteen lanes.
-                unsafe { s.store(line.as_mut_ptr().add(v * S::LANES), sum) };
+                unsafe { s.store(lines.as_mut_ptr().add((t * V + v) * S::LANES), sum) };
             }
-            // SAFETY: the caller's.
-            unsafe { epilogue.put_slice(&mut line[..count], channel, y, at + channel) };
         }
+        let line = V * S::LANES;
+        // SAFETY: the caller's.
+        unsafe { epilogue.put_lines(&mut lines[..T * line], line, line, channel, y, at, channels) };
     }
 
     /// The channels from `first` on, one by one.
     ///
     /// # Safety
-    /// The pixel is this thread's.
-    unsafe fn rest(&self, first: usize, at: usize) {
-        let all = self.call.x_dims[3];
+    /// The row is this thread's.
+    unsafe fn rest(&self, rows: &Range<usize>, first: usize) {
+        let channels = self.call.x_dims[3];
         let weights = self.call.packed.data();
-        for channel in first..all {
-            let mut sum = 0.0;
-            for i in self.rows.clone() {
-                for j in self.columns.clone() {
-                    let w = weights[(i * self.call.params.kernel[2] + j) * all + channel];
-                    // SAFETY: a channel of a cell in the picture.
-                    sum += w * unsafe { *self.pixel(i, j).add(channel) };
+        for column in 0..self.call.y_dims[2] {
+            let columns = inside(self.call, 2, column, self.call.x_dims[2]);
+            for channel in first..channels {
+                let mut sum = 0.0;
+                for i in rows.clone() {
+                    for j in columns.clone() {
+                        let w = weights[(i * self.call.params.kernel[2] + j) * channels + channel];
+                        // SAFETY: a channel of a cell in the picture.
+                        sum += w * unsafe { *self.pixel(i, j, column).add(channel) };
+                    }
                 }
-            }
-            // SAFETY: the caller's.
-            unsafe {
-                self.call
-                    .epilogue
-                    .put_slice(&mut [sum], channel, self.call.y, at + channel);
+                let at = self.target(column) + channel;
+                // SAFETY: the caller's.
+                unsafe {
+                    self.call.epilogue.put_slice(&mut [sum], channel, self.call.y, at);
+                }
             }
         }
     }

@@ -18,6 +18,8 @@ const TILES: usize = 8;
 const BLOCK: usize = 16 * ROWS;
 /// Arithmetic a chunk should have before another one is worth claiming.
 const CHUNK_FLOPS: usize = 400_000;
+/// Arithmetic below which waking a thread costs more than it saves.
+const LEAST_FLOPS: usize = 60_000;
 
 /// The stretches of memory a window reads: `rows * columns` of them, `len` numbers each.
 #[derive(Debug, Clone, Copy)]
@@ -107,7 +109,11 @@ fn shares(pool: &Pool, pixels: usize, outputs: usize, depth: usize) -> (usize, u
     let wanted = CHUNK_FLOPS / (2 * depth * outputs).max(1);
     let block = wanted.max(ROWS * TILES).next_multiple_of(ROWS);
     let blocks = pixels.div_ceil(block);
-    let groups = (4 * pool.threads()).div_ceil(blocks).min(outputs.div_ceil(width));
+    let most = (2 * depth * outputs * pixels / LEAST_FLOPS).max(1);
+    let groups = (8 * pool.threads())
+        .min(most)
+        .div_ceil(blocks)
+        .min(outputs.div_ceil(width));
     let each = outputs.div_ceil(width).div_ceil(groups.max(1)) * width;
     // Even blocks: no thread is left with a short last one.
     let even = pixels.div_ceil(blocks).next_multiple_of(ROWS);
@@ -260,15 +266,9 @@ impl<P: Fn(usize, &mut [*const f32])> Part<'_, P> {
         let outputs = self.product.outputs;
         let there = (outputs - first).min(V * S::LANES);
         if there == V * S::LANES && self.epilogue.in_registers() {
-            for (r, sums) in sums.into_iter().enumerate() {
-                let at = (pixel + r) * outputs + first;
-                for (v, sum) in sums.into_iter().enumerate() {
-                    let beside = v * S::LANES;
-                    // SAFETY: these outputs exist and are this thread's.
-                    unsafe { self.epilogue.put(s, sum, first + beside, self.y, at + beside) };
-                }
-            }
-            return;
+            let place = (self.y, pixel * outputs + first, outputs);
+            // SAFETY: these outputs exist and are this thread's.
+            return unsafe { self.epilogue.finish(s, sums, first, place) };
         }
         let mut square = [0.0; 32 * ROWS];
         for (r, sums) in sums.into_iter().enumerate() {

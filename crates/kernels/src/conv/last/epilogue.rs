@@ -1,6 +1,7 @@
 //! What follows the sums of a convolution: bias, activation, residual, last activation.
 
 use super::{Beside, ConvLast};
+use crate::elementwise::math::{hard_swish, silu};
 use crate::elementwise::{Unary, apply_slice};
 use crate::loops::Shared;
 use crate::simd::Simd;
@@ -13,6 +14,45 @@ pub(super) struct Epilogue<'a> {
     /// Row-major memory of the shape of the result.
     residual: Option<Shared<f32>>,
     last: Act,
+    steps: Steps,
+}
+
+/// The combinations that tiles finish without asking again for every vector.
+#[derive(Debug, Clone, Copy)]
+enum Steps {
+    /// The activation is a clip, or none; nothing follows.
+    Clip([f32; 2]),
+    /// The activation is a hard swish; nothing follows.
+    HardSwish([f32; 3]),
+    /// The activation is a SiLU; nothing follows.
+    Silu,
+    /// A clip, a residual and another clip, where each clip may be none.
+    Residual(Shared<f32>, [[f32; 2]; 2]),
+    /// Others in registers.
+    Registers,
+    /// Something that works on memory.
+    Memory,
+}
+
+impl Steps {
+    fn of(activation: Act, residual: Option<Shared<f32>>, last: Act) -> Steps {
+        let clip = |act: Act| match act {
+            Act::None => Some([f32::NEG_INFINITY, f32::INFINITY]),
+            Act::Clip(lo, hi) => Some([lo, hi]),
+            Act::HardSwish(_) | Act::Silu | Act::Other(_) => None,
+        };
+        match (activation, residual, last) {
+            (Act::Other(_), ..) | (.., Act::Other(_)) => Steps::Memory,
+            (Act::HardSwish(parameters), None, Act::None) => Steps::HardSwish(parameters),
+            (Act::Silu, None, Act::None) => Steps::Silu,
+            (_, None, Act::None) => clip(activation).map_or(Steps::Registers, Steps::Clip),
+            (_, Some(residual), _) => match (clip(activation), clip(last)) {
+                (Some(first), Some(last)) => Steps::Residual(residual, [first, last]),
+                _ => Steps::Registers,
+            },
+            _ => Steps::Registers,
+        }
+    }
 }
 
 /// An activation.
@@ -21,6 +61,10 @@ enum Act {
     None,
     /// `min(max(x, lo), hi)`, in registers.
     Clip(f32, f32),
+    /// [`Unary::HardSwish`] with its parameters, in registers.
+    HardSwish([f32; 3]),
+    /// [`Unary::Silu`], in registers.
+    Silu,
     /// Any other, on numbers in memory.
     Other(Unary),
 }
@@ -32,6 +76,8 @@ impl Act {
             Some(Unary::Relu) => Act::Clip(0.0, f32::INFINITY),
             Some(Unary::Relu6) => Act::Clip(0.0, 6.0),
             Some(Unary::Clip { lo, hi }) => Act::Clip(lo, hi),
+            Some(Unary::HardSwish { from, alpha, beta }) => Act::HardSwish([from, alpha, beta]),
+            Some(Unary::Silu) => Act::Silu,
             Some(op) => Act::Other(op),
         }
     }
@@ -41,7 +87,9 @@ impl Act {
         match self {
             // NaN stays: it is the second operand.
             Act::Clip(lo, hi) => s.min(s.splat(hi), s.max(s.splat(lo), x)),
-            _ => x,
+            Act::HardSwish(parameters) => hard_swish(s, x, parameters),
+            Act::Silu => silu(s, x),
+            Act::None | Act::Other(_) => x,
         }
     }
 
@@ -49,6 +97,8 @@ impl Act {
         match self {
             Act::None => {}
             Act::Clip(lo, hi) => apply_slice(Unary::Clip { lo, hi }, x),
+            Act::HardSwish([from, alpha, beta]) => apply_slice(Unary::HardSwish { from, alpha, beta }, x),
+            Act::Silu => apply_slice(Unary::Silu, x),
             Act::Other(op) => apply_slice(op, x),
         }
     }
@@ -65,11 +115,13 @@ impl<'a> Epilogue<'a> {
             }
             Beside::Result => Some(y),
         };
+        let (activation, last) = (Act::of(conv.activation), Act::of(conv.last));
         Epilogue {
             bias: conv.bias,
-            activation: Act::of(conv.activation),
+            activation,
             residual,
-            last: Act::of(conv.last),
+            last,
+            steps: Steps::of(activation, residual, last),
         }
     }
 
@@ -80,13 +132,76 @@ impl<'a> Epilogue<'a> {
             activation: Act::None,
             residual: None,
             last: Act::None,
+            steps: Steps::of(Act::None, None, Act::None),
         }
     }
 
     /// True when [`Epilogue::put`] takes all of it, so that nothing has to go through memory.
     #[inline(always)]
     pub(super) fn in_registers(&self) -> bool {
-        !matches!(self.activation, Act::Other(_)) && !matches!(self.last, Act::Other(_))
+        !matches!(self.steps, Steps::Memory)
+    }
+
+    /// Finishes the sums of outputs `output..` of `R` pixels, for an epilogue that is [in registers](Epilogue::in_registers);
+    /// the first pixel's go to element `at` of the result `y`, the next one's `line` behind.
+    ///
+    /// # Safety
+    /// Bias, result and residual have these elements, and they are this thread's.
+    #[inline(always)]
+    #[allow(clippy::needless_range_loop)] // with iterators the sums leave their registers
+    pub(super) unsafe fn finish<S: Simd, const R: usize, const V: usize>(
+        &self,
+        s: S,
+        sums: [[S::F; V]; R],
+        output: usize,
+        (y, at, line): (Shared<f32>, usize, usize),
+    ) {
+        let bias: [S::F; V] = std::array::from_fn(|v| match self.bias {
+            // SAFETY: the caller's.
+            Some(bias) => unsafe { s.load(bias.as_ptr().add(output + v * S::LANES)) },
+            None => s.zero(),
+        });
+        let clip = |[lo, hi]: [f32; 2]| [s.splat(lo), s.splat(hi)];
+        // NaN stays: it is the second operand.
+        let clipped = |[lo, hi]: [S::F; 2], x: S::F| s.min(hi, s.max(lo, x));
+        let place = |r: usize, v: usize| (at + r * line + v * S::LANES) as isize;
+        macro_rules! each {
+            ($x:ident, $at:ident => $value:expr) => {
+                for r in 0..R {
+                    for v in 0..V {
+                        let ($x, $at) = (s.add(sums[r][v], bias[v]), place(r, v));
+                        let value = $value;
+                        // SAFETY: the caller's.
+                        unsafe { s.store(y.at($at), value) };
+                    }
+                }
+            };
+        }
+        match self.steps {
+            Steps::Clip(range) => {
+                let range = clip(range);
+                each!(x, at => clipped(range, x));
+            }
+            Steps::HardSwish(parameters) => each!(x, at => hard_swish(s, x, parameters)),
+            Steps::Silu => each!(x, at => silu(s, x)),
+            Steps::Residual(residual, [first, last]) => {
+                let (first, last) = (clip(first), clip(last));
+                each!(x, at => {
+                    // SAFETY: the caller's.
+                    let beside = unsafe { s.load(residual.at(at)) };
+                    clipped(last, s.add(clipped(first, x), beside))
+                });
+            }
+            Steps::Registers | Steps::Memory => {
+                for r in 0..R {
+                    for v in 0..V {
+                        let beside = v * S::LANES;
+                        // SAFETY: the caller's.
+                        unsafe { self.put(s, sums[r][v], output + beside, y, at + r * line + beside) };
+                    }
+                }
+            }
+        }
     }
 
     /// Finishes `LANES` sums of outputs `output..` and stores them at element `at` of the result `y`.

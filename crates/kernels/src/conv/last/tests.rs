@@ -34,8 +34,21 @@ fn difference(case: Case, extras: usize, exact: bool, seed: &mut u64) -> Option<
     let weights = Weights::from_f32(outputs, channels / params.groups * cells, bytes).ok()?;
     let (bias, residual) = (numbers(outputs, seed), numbers(n * oh * ow * outputs, seed));
     let bias = (extras > 0).then_some(bias.as_slice());
-    let activation = [None, Some(Unary::Relu6), Some(Unary::Tanh), None][extras];
-    let last = [None, None, Some(Unary::Relu), Some(Unary::Sigmoid)][extras];
+    let swish = Unary::HardSwish {
+        from: -3.0,
+        alpha: 1.0 / 6.0,
+        beta: 0.5,
+    };
+    let (silu, clip) = (Unary::Silu, Unary::Relu6);
+    let activation = [
+        None,
+        Some(clip),
+        Some(swish),
+        Some(Unary::Tanh),
+        Some(silu),
+        Some(swish),
+    ][extras];
+    let last = [None, None, Some(Unary::Relu), Some(Unary::Sigmoid), None, None][extras];
     let turned = |[n, h, w, c]: [usize; 4]| -> ([usize; 4], [isize; 4]) {
         let step = |i: usize| i as isize;
         ([n, c, h, w], [step(h * w * c), 1, step(w * c), step(c)])
@@ -52,7 +65,7 @@ fn difference(case: Case, extras: usize, exact: bool, seed: &mut u64) -> Option<
             weights: &weights,
             bias,
             activation,
-            residual: (extras > 1).then_some(View::new(&residual, 0, &ys, &yd)?),
+            residual: matches!(extras, 2 | 3).then_some(View::new(&residual, 0, &ys, &yd)?),
             params,
         },
         ViewMut::new(&mut expected, 0, &ys, &yd)?,
@@ -67,7 +80,11 @@ fn difference(case: Case, extras: usize, exact: bool, seed: &mut u64) -> Option<
     } else {
         vec![f32::NAN; expected.len()]
     };
-    let beside = [Beside::None, Beside::None, Beside::In(&residual), Beside::Result][extras];
+    let beside = match extras {
+        2 => Beside::In(&residual),
+        3 => Beside::Result,
+        _ => Beside::None,
+    };
     let (xd, yd) = ([n, h, w, channels], [n, oh, ow, outputs]);
     conv_last(
         &pool,
@@ -101,7 +118,7 @@ proptest! {
     fn every_window_agrees_with_the_convolution_of_channels_first(
         n in 1_usize..3, size in (1_usize..20, 1_usize..20), channels in 1_usize..40, outputs in 1_usize..70,
         kernel in (1_usize..5, 1_usize..5), stride in (1_usize..4, 1_usize..4), dilation in (1_usize..3, 1_usize..3),
-        pad in (0_usize..3, 0_usize..3, 0_usize..3, 0_usize..3), depthwise in any::<bool>(), extras in 0_usize..4,
+        pad in (0_usize..3, 0_usize..3, 0_usize..3, 0_usize..3), depthwise in any::<bool>(), extras in 0_usize..6,
         seed in any::<u64>(),
     ) {
         let mut seed = seed;
@@ -135,7 +152,7 @@ fn transformed_windows_agree_within_the_rounding_of_the_transform() {
         ([7, 7], 64, 64, [1, 1], "direct"),
     ];
     for (size, channels, outputs, pad, expected) in rows {
-        for extras in 0..4 {
+        for extras in 0..6 {
             let params = ConvParams {
                 kernel: [1, 3, 3],
                 pad_before: [0, pad[0], pad[0]],

@@ -113,6 +113,7 @@ pub(super) fn lower(
     let matrix = (weight[0], elements(&weight[1..]));
     let height = if rank == 4 { sizes[0] } else { 1 };
     let packed = constant.packed(matrix, params, [height, sizes[sizes.len() - 1]], exact)?;
+    cx.release(&constant);
     let op = ConvLast {
         packed,
         bias,

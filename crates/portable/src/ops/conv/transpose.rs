@@ -1,6 +1,6 @@
 //! `conv_transpose`: the gradient of a convolution with respect to its input.
 
-use super::{check_bias, emit_conv, sizes, three};
+use super::{check_bias, emit_conv, phases, sizes, three};
 use crate::error::OpResult;
 use crate::layout::Shape;
 use crate::lower::OpCx;
@@ -109,7 +109,10 @@ pub fn lower_transpose(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
         pad_after: [0; 3],
         groups,
     };
-    let y = emit_conv(cx, (x, w, bias), params, &shape, true)?;
+    let y = match phases::lower(cx, (x, w, bias), &params, &shape)? {
+        Some(y) => y,
+        None => emit_conv(cx, (x, w, bias), params, &shape, true)?,
+    };
     cx.result(y)
 }
 

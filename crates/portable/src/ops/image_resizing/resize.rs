@@ -6,6 +6,7 @@ use crate::graph::ValueId;
 use crate::layout::{Shape, elements};
 use crate::lower::OpCx;
 use crate::op::{Args, Op};
+use crate::ops::conv::{channels_first, channels_last};
 use crate::ops::dense::Pair;
 use candle_coreml_kernels::{self as kernels, Tap};
 use candle_coreml_mil::DType;
@@ -57,6 +58,36 @@ impl Op for Resize {
     }
 }
 
+/// As [`Resize`] for pictures with channels last, `[n, h, w, c]`.
+pub struct ResizeLast(Resize);
+
+impl std::fmt::Debug for ResizeLast {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:?}, channels last", self.0)
+    }
+}
+
+impl Op for ResizeLast {
+    fn name(&self) -> &'static str {
+        "resize"
+    }
+
+    fn run(&self, args: &mut Args<'_>) -> OpResult<()> {
+        let Resize { from, rows, cols } = &self.0;
+        let channels = args.f32(0)?.shape().last().copied().unwrap_or(1);
+        match args.pair()? {
+            Pair::F32(x, y) => {
+                kernels::resize_last(args.pool, x, [from[0], from[1], channels], rows, cols, y)
+            }
+            Pair::I32(..) => return Err("internal: integers have no channels".into()),
+        }
+        Ok(())
+    }
+}
+
+/// Fewer channels do not fill a vector.
+const LEAST_CHANNELS: usize = 8;
+
 fn identity(len: usize) -> Vec<Tap> {
     (0..len).map(Tap::exact).collect()
 }
@@ -70,7 +101,14 @@ fn planes(cx: &mut OpCx<'_, '_>, x: ValueId, rows: Vec<Tap>, cols: Vec<Tap>) -> 
         return Err(format!("a resized dimension of {:?} is 0", shape.as_slice()).into());
     }
     (shape[n - 2], shape[n - 1]) = (rows.len(), cols.len());
-    cx.emit(Resize { from, rows, cols }, &[x], cx.dtype(x), &shape)
+    let (op, dtype) = (Resize { from, rows, cols }, cx.dtype(x));
+    if n != 4 || shape[1] < LEAST_CHANNELS || !dtype.is_float() {
+        return cx.emit(op, &[x], dtype, &shape);
+    }
+    let x = channels_last(cx, x)?;
+    let last = [shape[0], shape[2], shape[3], shape[1]];
+    let y = cx.emit(ResizeLast(op), &[x], dtype, &last)?;
+    channels_first(cx, y, 4)
 }
 
 fn rank_two(cx: &mut OpCx<'_, '_>) -> OpResult<(ValueId, [usize; 2])> {
