@@ -137,6 +137,15 @@ def test_numerics_are_a_choice():
     assert results == {"default": 0.25, "faithful": 0.0}
 
 
+def test_scalars_come_as_arrays_of_one_element():
+    @mb.program(input_specs=[mb.TensorSpec(shape=(2, 3))])
+    def program(x):
+        return mb.reduce_sum(x=x, keep_dims=False, name="y")
+
+    y = convert(program).predict({"x": np.ones((2, 3), np.float32)})["y"]
+    assert y.shape == (1,) and y[0] == 6.0
+
+
 def test_float16_inputs_and_outputs_are_rounded_when_results_are():
     @mb.program(input_specs=[mb.TensorSpec(shape=(1,), dtype=types.fp16)], opset_version=ct.target.iOS16)
     def program(x):

@@ -7,8 +7,8 @@
 
 It may be imported before coremltools or after it. coremltools reaches Core ML through one compiled module,
 ``coremltools.libcoremlpython``, which its wheels have for macOS alone; this module takes its place, with the same
-behaviour: arrays of any number type are taken for an input, float16 outputs come as float32, pictures as RGBA. coremltools
-is then told that the system has Core ML, as macOS 15 has it.
+behaviour: arrays of any number type are taken for an input, float16 outputs come as float32, scalars as arrays of one
+element, pictures as RGBA. coremltools is then told that the system has Core ML, as macOS 15 has it.
 
 ``configure`` chooses numerics and threads for the models that are loaded afterwards; so do the environment variables
 ``CANDLE_COREML_NUMERICS`` and ``CANDLE_COREML_THREADS``.
@@ -90,6 +90,8 @@ def _given(feature, value):
 def _received(value):
     """A value in the form in which coremltools hands it out."""
     if isinstance(value, np.ndarray):
+        # Core ML has no arrays without dimensions: a scalar is an array of one element.
+        value = value.reshape(1) if value.ndim == 0 else value
         return value.astype(np.float32) if value.dtype == np.float16 else value
     if hasattr(value, "convert") and value.mode == "RGB":
         return value.convert("RGBA")
