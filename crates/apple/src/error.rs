@@ -76,13 +76,6 @@ pub enum Error {
         /// What was found.
         problem: String,
     },
-
-    /// This is possible on Apple systems only.
-    #[error("{what} exists on Apple systems only")]
-    NotHere {
-        /// What was asked.
-        what: &'static str,
-    },
 }
 
 impl Error {

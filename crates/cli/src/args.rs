@@ -302,7 +302,7 @@ pub enum EvalCommand {
     /// The perplexity of a text, in overlapping windows: every token is scored once. Without BUNDLE with the demo model.
     Perplexity(PerplexityArgs),
     /// Multiple choice by summed log probabilities. FILE has one JSON object a line: {"prompt": "...", "choices": ["...", ...],
-    /// "answer": 0}, or with the names ctx/endings/label or query/choices/gold.
+    /// "answer": 0}, or as HellaSwag, MMLU and ARC have them.
     Choices(ChoicesArgs),
 }
 

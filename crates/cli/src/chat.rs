@@ -43,7 +43,11 @@ const COMMANDS: [(&str, &str, &str); 11] = [
 ];
 
 pub fn run(args: &ChatArgs) -> Outcome {
-    interrupt::install_for_answers()?;
+    let at_terminal = std::io::stdin().is_terminal();
+    // Without a terminal there is no line at which a Ctrl-C could be only that of an answer.
+    if at_terminal {
+        interrupt::install_for_answers()?;
+    }
     let bundle = demo::bundle(args.bundle.as_deref())?;
     let template = bundle.template()?.clone();
     let mut chat = Chat::new(open(&bundle, &args.engine.load_options())?, template);
@@ -63,7 +67,7 @@ pub fn run(args: &ChatArgs) -> Outcome {
         context_full: args.context.into(),
         ..GenerateOptions::default()
     };
-    if std::io::stdin().is_terminal() {
+    if at_terminal {
         terminal::note(&format!(
             "{}, {} tokens of context; /help lists commands",
             bundle.name(),

@@ -56,9 +56,9 @@ fn encoder(args: &ConvertArgs) -> Outcome {
         layers: args.how.compression()?,
         embeddings: args.embeddings,
     };
-    if args.check || args.sensitivity {
+    if args.sensitivity {
         return Err(Failure::usage(
-            "--check and --sensitivity are for language models; this is an encoder",
+            "--sensitivity is for language models; this is an encoder",
         ));
     }
     let Some(out) = args.out.as_deref().filter(|_| !args.dry_run) else {
@@ -89,6 +89,9 @@ fn encoder(args: &ConvertArgs) -> Outcome {
     bar.finish();
     done?;
     print_written(args.json, out, &[out.join("model.mlpackage")], start.elapsed())?;
+    if args.check {
+        check::run_encoder(args, out)?;
+    }
     Ok(DONE)
 }
 

@@ -211,8 +211,11 @@ fn questions(args: &ChoicesArgs) -> Result<Vec<Question>, Failure> {
         .enumerate()
         .filter(|(_, line)| !line.trim().is_empty());
     let read = lines.map(|(at, line)| {
-        let question: Question = serde_json::from_str(line)
-            .map_err(|e| Failure::usage(format!("{}, line {}: {e}", args.file.display(), at + 1)))?;
+        let question: Question = serde_json::from_str(line).map_err(|e| {
+            // Each line is a document of its own, whose only line is the first.
+            let what = e.to_string().replace(" at line 1 column ", ", column ");
+            Failure::usage(format!("{}, line {}: {what}", args.file.display(), at + 1))
+        })?;
         if question.answer >= question.choices.len() {
             return Err(Failure::usage(format!(
                 "{}, line {}: the answer is {}, the choices are {} (counted from 0)",

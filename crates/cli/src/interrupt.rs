@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock};
 
 use crate::failure::{Failure, INTERRUPTED};
 
-static ASKED: AtomicBool = AtomicBool::new(false);
+static ASKED: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
 
 /// Takes Ctrl-C over from the system.
 pub fn install() -> Result<(), Failure> {
@@ -27,8 +28,12 @@ pub fn remove_at_end(unfinished: PathBuf) -> Result<(), Failure> {
     Ok(())
 }
 
-/// As [`install`], for a program that goes on after an answer was stopped: no Ctrl-C ends it.
+/// As [`install`], for a program that goes on after an answer was stopped: no Ctrl-C ends it, and what else the system ends
+/// programs with does so at once.
 pub fn install_for_answers() -> Result<(), Failure> {
+    #[cfg(unix)]
+    signal_hook::flag::register(signal_hook::consts::SIGINT, Arc::clone(&ASKED))?;
+    #[cfg(not(unix))]
     ctrlc::set_handler(|| ASKED.store(true, Ordering::SeqCst))?;
     Ok(())
 }

@@ -4,12 +4,12 @@ mod args;
 mod log;
 
 use std::io::Write;
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_coreml_llm::{EmbeddingModel, EmbeddingOptions};
 use candle_coreml_server::{Model, Options, Server};
 
+use args::Named;
 pub use args::ServeArgs;
 
 use crate::failure::{DONE, Failure, INTERRUPTED, Outcome};
@@ -65,18 +65,16 @@ fn open(args: &ServeArgs) -> Result<Vec<Model>, Failure> {
     let load = args.engine.load_options();
     let mut models = Vec::new();
     for named in &args.bundles {
-        let (name, path) = name_and_path(named);
-        let model = if EmbeddingModel::recognizes(path) {
-            encoder(name, path, args)?
+        let model = if EmbeddingModel::recognizes(&named.path) {
+            encoder(named, args)?
         } else {
-            let bundle = demo::bundle(Some(path))?;
-            Model::open(name, &bundle, &load)?
+            let bundle = demo::bundle(Some(&named.path))?;
+            Model::open(named.name.as_str(), &bundle, &load)?
         };
         models.push(model);
     }
     for named in &args.embedding {
-        let (name, path) = name_and_path(named);
-        models.push(encoder(name, path, args)?);
+        models.push(encoder(named, args)?);
     }
     if models.is_empty() {
         let bundle = demo::bundle(None)?;
@@ -85,45 +83,11 @@ fn open(args: &ServeArgs) -> Result<Vec<Model>, Failure> {
     Ok(models)
 }
 
-fn encoder(name: String, path: &Path, args: &ServeArgs) -> Result<Model, Failure> {
+fn encoder(named: &Named, args: &ServeArgs) -> Result<Model, Failure> {
     let options = EmbeddingOptions {
         load: args.engine.load_options(),
         ..EmbeddingOptions::default()
     };
-    Ok(Model::encoder(name, EmbeddingModel::open(path, &options)?))
-}
-
-/// `NAME=PATH`, or a path whose last part is the name.
-fn name_and_path(named: &str) -> (String, &Path) {
-    if let Some((name, path)) = named.split_once('=')
-        && !name.is_empty()
-        && !Path::new(named).exists()
-    {
-        return (name.to_owned(), Path::new(path));
-    }
-    let path = Path::new(named);
-    let last = path.canonicalize().ok();
-    let last = last.as_deref().unwrap_or(path).file_stem();
-    let name = last.map_or_else(|| named.to_owned(), |name| name.to_string_lossy().into_owned());
-    (name, path)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn models_are_named_by_whoever_starts_the_server_or_by_their_folders() {
-        for (given, name, path) in [
-            ("story=models/tales", "story", "models/tales"),
-            ("models/tales", "tales", "models/tales"),
-            ("models/all.mlpackage", "all", "models/all.mlpackage"),
-        ] {
-            assert_eq!(
-                name_and_path(given),
-                (name.to_owned(), Path::new(path)),
-                "{given}"
-            );
-        }
-    }
+    let model = EmbeddingModel::open(&named.path, &options)?;
+    Ok(Model::encoder(named.name.as_str(), model))
 }

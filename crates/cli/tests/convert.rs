@@ -113,6 +113,33 @@ fn a_conversion_is_checked_against_float32_in_both_layouts() {
             "{report}"
         );
         assert!(report.contains("perplexity"), "{report}");
+        assert!(report.contains("(candle-transformers)"), "{report}");
+    }
+}
+
+#[test]
+fn an_encoder_is_checked_against_float32() {
+    for (name, tokens) in [("bert", None), ("roberta", Some("24"))] {
+        let folder = tempfile::tempdir().unwrap();
+        let model = with_tokenizer(name, folder.path());
+        let text = folder.path().join("text.txt");
+        std::fs::write(&text, "w3 w4 w5 w6 w7 w8\n\nw40 w9 w33\n").unwrap();
+        let out = folder.path().join("out");
+        let [model, out, text] = [&model, &out, &text].map(|p| p.to_str().unwrap().to_owned());
+        let mut words = vec!["convert", &model, &out, "--check", "--text", &text, "--json"];
+        words.extend(tokens.iter().flat_map(|n| ["--tokens", n]));
+        let report = stdout(&words);
+        // Two documents: what was written, and the check.
+        let check = report.split_once("\n}\n").unwrap().1;
+        let check: serde_json::Value = serde_json::from_str(check).unwrap();
+        let check = &check["check"];
+        assert_eq!(
+            (check["texts"].as_u64(), check["tokens"].as_u64()),
+            (Some(2), Some(9)),
+            "{report}"
+        );
+        assert!(check["largest_error"].as_f64().unwrap() < 0.02, "{report}");
+        assert!(check["smallest_cosine"].as_f64().unwrap() > 0.999, "{report}");
     }
 }
 

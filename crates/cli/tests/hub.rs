@@ -9,6 +9,7 @@ mod server;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -208,6 +209,30 @@ fn a_name_that_is_not_here_is_fetched_where_a_path_is_taken() {
         assert!(!output.status.success(), "{args:?}");
         assert!(stderr(&output).contains(words), "{args:?}: {}", stderr(&output));
     }
+}
+
+#[test]
+fn a_server_serves_models_of_the_hub_under_their_names() {
+    let place = Place::new();
+    let mut serve = place
+        .command(&[
+            "serve",
+            "org/name",
+            "small=org/name@main",
+            "--port",
+            "0",
+            "--quiet",
+        ])
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(serve.stdout.take().unwrap())
+        .read_line(&mut line)
+        .unwrap();
+    serve.kill().unwrap();
+    serve.wait().unwrap();
+    assert!(line.ends_with(" serves org/name, small\n"), "{line}");
+    place.assert_whole("serve");
 }
 
 #[test]

@@ -306,14 +306,20 @@ struct Tensors<'a> {
     root: &'static str,
 }
 
+/// What stands before the names of an encoder's tensors.
+pub(crate) fn root_of(checkpoint: &Checkpoint) -> Result<&'static str> {
+    const ROOTS: [&str; 4] = ["", "bert.", "roberta.", "model."];
+    let has = |root: &&str| checkpoint.contains(&format!("{root}embeddings.word_embeddings.weight"));
+    let root = ROOTS.into_iter().find(has);
+    root.ok_or_else(|| Error::tensor("embeddings.word_embeddings.weight", "not in the checkpoint"))
+}
+
 impl<'a> Tensors<'a> {
     fn new(checkpoint: &'a Checkpoint) -> Result<Self> {
-        const ROOTS: [&str; 4] = ["", "bert.", "roberta.", "model."];
-        let has = |root: &&str| checkpoint.contains(&format!("{root}embeddings.word_embeddings.weight"));
-        let root = ROOTS.into_iter().find(has);
-        let root =
-            root.ok_or_else(|| Error::tensor("embeddings.word_embeddings.weight", "not in the checkpoint"))?;
-        Ok(Tensors { checkpoint, root })
+        Ok(Tensors {
+            checkpoint,
+            root: root_of(checkpoint)?,
+        })
     }
 
     fn weight(

@@ -28,5 +28,5 @@ pub use error::{Error, Result};
 pub use folder::PartialFolder;
 pub use function::{Arg, FunctionBuilder, Var};
 pub use lm::{LanguageModelOptions, Layout, Plan, convert_language_model, plan_language_model, read_config};
-pub use reference::{LayerSensitivity, Reference, SensitivityReport};
+pub use reference::{EncoderReference, ForwardPass, LayerSensitivity, Reference, SensitivityReport};
 pub use weights::{Checkpoint, TensorStream};

@@ -1,4 +1,7 @@
-//! A decoder computed in 32-bit floats with Candle from the original weights: what conversions are measured against.
+//! Models computed in 32-bit floats with Candle from the original weights: what conversions are measured against.
+
+mod candle;
+mod encoder;
 
 use std::collections::HashMap;
 
@@ -9,7 +12,27 @@ use crate::config::{DecoderConfig, Family};
 use crate::error::{Error, Result};
 use crate::lm::Input;
 
-/// A decoder that reads its weights anew for every call: slow, plain, and small in memory.
+pub use encoder::EncoderReference;
+
+/// Whose code computes a decoder in 32-bit floats.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ForwardPass {
+    /// candle-transformers', with all weights in memory.
+    CandleTransformers,
+    /// This crate's, which reads the weights anew for every call: slow, plain, and small in memory.
+    LayerByLayer,
+}
+
+impl std::fmt::Display for ForwardPass {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            ForwardPass::CandleTransformers => "candle-transformers",
+            ForwardPass::LayerByLayer => "layer by layer",
+        })
+    }
+}
+
+/// A decoder with the original weights.
 #[derive(Debug)]
 pub struct Reference {
     input: Input,
@@ -62,11 +85,48 @@ impl Reference {
         self.input.tokenizer()
     }
 
-    /// Logits after each of `tokens`, [tokens, vocabulary].
+    /// The pass for a text of `tokens` tokens: candle-transformers' where it has the model and up to 2 billion values, else
+    /// this crate's. It has no attention biases in Llama, no rope scaling but Llama 3's, no window that a text outgrows (Gemma's
+    /// local layers apart).
+    pub fn pass(&self, tokens: usize) -> ForwardPass {
+        if candle::has(&self.input, self.root, tokens) {
+            ForwardPass::CandleTransformers
+        } else {
+            ForwardPass::LayerByLayer
+        }
+    }
+
+    /// Logits after each of `tokens`, [tokens, vocabulary], by the pass that [`Reference::pass`] names.
     ///
     /// # Errors
     /// [`Error::Tensor`] for tensors that do not fit and token ids outside the vocabulary.
     pub fn logits(&self, tokens: &[u32]) -> Result<Tensor> {
+        match self.pass(tokens.len()) {
+            ForwardPass::LayerByLayer => self.layer_by_layer(tokens),
+            ForwardPass::CandleTransformers => {
+                self.check_tokens(tokens)?;
+                let mut decoder = candle::Decoder::open(&self.input, self.root, tokens.len())?;
+                checked(decoder.logits(tokens))
+            }
+        }
+    }
+
+    fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
+        let vocabulary = self.config().vocabulary;
+        match tokens.iter().find(|t| **t as usize >= vocabulary) {
+            Some(token) => {
+                let name = format!("{}embed_tokens.weight", self.root);
+                Err(Error::tensor(&name, format!("token {token} of {vocabulary}")))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// As [`Reference::logits`], by this crate's pass whatever the model.
+    ///
+    /// # Errors
+    /// As [`Reference::logits`].
+    pub fn layer_by_layer(&self, tokens: &[u32]) -> Result<Tensor> {
         let (mut x, masks) = self.embed(tokens)?;
         for layer in 0..self.config().layers {
             x = self.layer(&x, layer, &masks, &Replaced::new())?;
@@ -85,7 +145,7 @@ impl Reference {
         progress: &mut dyn FnMut(Progress),
     ) -> Result<SensitivityReport> {
         let layers = self.config().layers;
-        let original = Predictions::new(&self.logits(tokens)?, tokens)?;
+        let original = Predictions::new(&self.layer_by_layer(tokens)?, tokens)?;
         let (mut x, masks) = self.embed(tokens)?;
         let mut found = Vec::with_capacity(layers);
         for layer in 0..layers {

@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use candle_coreml::CoreMLModel;
 use candle_coreml_convert::{
-    EncoderOptions, LanguageModelOptions, Layout, Reference, convert_encoder, convert_language_model,
+    EncoderOptions, EncoderReference, ForwardPass, LanguageModelOptions, Layout, Reference, convert_encoder,
+    convert_language_model,
 };
 use safetensors::SafeTensors;
 use support::run::{anemll, anemll_rows, furthest, stateful, stateful_rows};
@@ -59,19 +60,91 @@ fn worst(found: &[Vec<f32>], expected: &[Vec<f32>]) -> f32 {
     rows.fold(0.0, |m, v| if v.is_nan() { f32::INFINITY } else { m.max(v) })
 }
 
+/// Those that candle-transformers has as they are: no biases in Llama, no window shorter than the text, no linear scaling.
+const IN_CANDLE: [&str; 6] = ["llama2", "llama3", "smollm2", "mistral", "qwen2", "qwen3"];
+
 #[test]
-fn the_float32_reference_gives_the_logits_of_transformers() {
+fn both_float32_passes_give_the_logits_of_transformers() {
     let mut failures = Vec::new();
     for name in DECODERS {
         let (tokens, expected) = golden(&data(name));
-        let logits = Reference::open(data(name)).unwrap().logits(&tokens).unwrap();
-        let off = worst(&logits.to_vec2().unwrap(), &expected);
-        println!("{name}: {off:e}");
-        if off > FLOAT32 {
-            failures.push(format!("{name}: off by {off}"));
+        let reference = Reference::open(data(name)).unwrap();
+        let pass = reference.pass(tokens.len());
+        let wanted = if IN_CANDLE.contains(&name) {
+            ForwardPass::CandleTransformers
+        } else {
+            ForwardPass::LayerByLayer
+        };
+        if pass != wanted {
+            failures.push(format!("{name}: computed by {pass}"));
+        }
+        let (chosen, own) = (reference.logits(&tokens), reference.layer_by_layer(&tokens));
+        for (what, logits) in [(pass, chosen), (ForwardPass::LayerByLayer, own)] {
+            let off = worst(&logits.unwrap().to_vec2().unwrap(), &expected);
+            println!("{name}, {what}: {off:e}");
+            if off > FLOAT32 {
+                failures.push(format!("{name}, {what}: off by {off}"));
+            }
         }
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+/// The checkpoint of the tree has what candle-transformers has not; without it both passes agree.
+#[test]
+fn gemma_is_computed_by_candle_transformers_past_its_window() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::copy(
+        data("gemma3").join("model.safetensors"),
+        folder.path().join("model.safetensors"),
+    )
+    .unwrap();
+    let config = std::fs::read_to_string(data("gemma3").join("config.json")).unwrap();
+    let config = config.replace("\"query_pre_attn_scalar\": 12", "\"query_pre_attn_scalar\": 16");
+    let config = config
+        .replace("\"factor\": 2.0,", "")
+        .replace("\"linear\"", "\"default\"");
+    std::fs::write(folder.path().join("config.json"), config).unwrap();
+    let reference = Reference::open(folder.path()).unwrap();
+    let tokens: Vec<u32> = (0..24).map(|i| (i * 7 + 3) % 64).collect();
+    assert_eq!(reference.pass(tokens.len()), ForwardPass::CandleTransformers);
+    let [theirs, ours] = [reference.logits(&tokens), reference.layer_by_layer(&tokens)];
+    let off = worst(
+        &theirs.unwrap().to_vec2().unwrap(),
+        &ours.unwrap().to_vec2().unwrap(),
+    );
+    assert!(off < FLOAT32, "off by {off}");
+}
+
+#[test]
+fn a_token_outside_the_vocabulary_is_an_error_of_both_passes() {
+    let reference = Reference::open(data("llama3")).unwrap();
+    for result in [reference.logits(&[1, 64]), reference.layer_by_layer(&[1, 64])] {
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains("embed_tokens"), "{error}");
+    }
+}
+
+#[test]
+fn the_float32_encoders_give_the_hidden_states_of_transformers() {
+    for name in ENCODERS {
+        let golden =
+            candle_core::safetensors::load(data(name).join("golden.safetensors"), &Device::Cpu).unwrap();
+        let reference = EncoderReference::open(data(name)).unwrap();
+        let mask: Vec<i64> = golden["mask"].to_dtype(DType::I64).unwrap().to_vec1().unwrap();
+        let shown = mask.iter().filter(|&&m| m == 1).count();
+        let tokens: Vec<u32> = golden["tokens"].to_dtype(DType::U32).unwrap().to_vec1().unwrap();
+        let hidden = reference.hidden(&tokens[..shown]).unwrap();
+        let expected = golden["hidden"]
+            .narrow(0, 0, shown)
+            .unwrap()
+            .to_dtype(DType::F32)
+            .unwrap();
+        let off = worst(&hidden.to_vec2().unwrap(), &expected.to_vec2().unwrap());
+        println!("{name}: {off:e}");
+        assert!(off < FLOAT32, "{name}: off by {off}");
+        assert!(reference.hidden(&[]).is_err() && reference.hidden(&[64]).is_err());
+    }
 }
 
 #[test]

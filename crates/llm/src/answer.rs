@@ -4,7 +4,7 @@
 //! [`GenerateOptions::format`](crate::GenerateOptions::format). Each [`Piece`](crate::Piece) then has `text`, `thinking` and
 //! `tool_calls` of its own, and so has the [`Completion`](crate::Completion); without a format everything is `text`.
 
-use crate::tools::{MISTRAL_OPEN, PYTHON_TAG, TAG_CLOSE, ToolCall, ToolFormat};
+use crate::tools::{PYTHON_TAG, TAG_CLOSE, ToolCall, ToolFormat};
 
 /// Marks that models think between.
 const THINKING: [(&str, &str); 5] = [
@@ -294,8 +294,7 @@ impl Splitter {
                     // Without the mark the held text is all there was.
                     ToolFormat::Json if whole.trim_start().starts_with('{') => "",
                     ToolFormat::Json => PYTHON_TAG,
-                    ToolFormat::Mistral => MISTRAL_OPEN,
-                    ToolFormat::Tagged => tools.open(),
+                    ToolFormat::Tagged | ToolFormat::Mistral | ToolFormat::DeepSeek => tools.open(),
                 };
                 self.blank = false;
                 self.give_text(&format!("{open}{whole}"), parts);
@@ -351,7 +350,7 @@ mod tests {
 
     #[test]
     fn parts_are_told_apart_however_the_answer_is_cut() {
-        use ToolFormat::{Json, Mistral, Tagged};
+        use ToolFormat::{DeepSeek, Json, Mistral, Tagged};
         let call = "{\"name\": \"f\", \"arguments\": {}}";
         let tagged =
             format!("Let me see.\n<tool_call>\n{call}\n</tool_call>\n<tool_call>{call}</tool_call>\n");
@@ -359,6 +358,7 @@ mod tests {
         let broken = "<tool_call>\n{\"name\": </tool_call> so";
         let python = format!("<|python_tag|>{call}");
         let mistral = format!("[TOOL_CALLS][{call}]");
+        let deepseek = "Soon.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>";
         let mut failures = Vec::new();
         for (format, text, expected) in [
             (
@@ -417,6 +417,7 @@ mod tests {
                 "[TOOL_CALLS]oops",
                 ("[TOOL_CALLS]oops", "", 0),
             ),
+            (format(false, Some(DeepSeek)), deepseek, ("Soon.", "", 1)),
             (
                 AnswerFormat::default(),
                 "<think>x</think>",

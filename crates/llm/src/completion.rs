@@ -106,11 +106,11 @@ pub struct Completion {
 /// What one step of a generation did.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Step {
-    /// A batch of the prompt was computed: `done` of `total` tokens.
+    /// A batch of the prompt, or of tokens that a grammar left no choice about, was computed: `done` of `total` tokens.
     Prefilled {
         /// Tokens computed.
         done: usize,
-        /// Tokens of the prompt.
+        /// Tokens so far.
         total: usize,
     },
     /// The context was full: the oldest tokens after those to keep were dropped. What stays is computed again by the steps that

@@ -62,17 +62,72 @@ pub struct Comparison {
 }
 
 /// One question: a text, how it may go on, and which of those is right.
+///
+/// It is read from JSON as this crate writes it, and as HellaSwag, MMLU and ARC have it: an answer may be a number in a string, a letter or one
+/// of the choices' labels.
 #[derive(Debug, Clone, PartialEq, serde::Deserialize)]
+#[serde(try_from = "WrittenQuestion")]
 pub struct Question {
     /// The text before the choices.
-    #[serde(alias = "query", alias = "question", alias = "ctx", alias = "context")]
     pub prompt: String,
     /// How it may go on; a blank between belongs to the choice or to the prompt.
-    #[serde(alias = "endings")]
     pub choices: Vec<String>,
     /// The place of the right one, from 0.
-    #[serde(alias = "gold", alias = "label")]
     pub answer: usize,
+}
+
+#[derive(serde::Deserialize)]
+struct WrittenQuestion {
+    #[serde(alias = "query", alias = "question", alias = "ctx", alias = "context")]
+    prompt: String,
+    #[serde(alias = "endings")]
+    choices: WrittenChoices,
+    #[serde(alias = "gold", alias = "label", alias = "answerKey")]
+    answer: WrittenAnswer,
+}
+
+#[derive(serde::Deserialize)]
+#[serde(
+    untagged,
+    expecting = "choices are a list of texts, or lists `text` and `label`"
+)]
+enum WrittenChoices {
+    Plain(Vec<String>),
+    Labelled { text: Vec<String>, label: Vec<String> },
+}
+
+#[derive(serde::Deserialize)]
+#[serde(untagged, expecting = "the answer is a place from 0, a letter or a label")]
+enum WrittenAnswer {
+    Place(usize),
+    Name(String),
+}
+
+impl TryFrom<WrittenQuestion> for Question {
+    type Error = String;
+
+    fn try_from(written: WrittenQuestion) -> Result<Self, String> {
+        let (choices, labels) = match written.choices {
+            WrittenChoices::Plain(choices) => (choices, Vec::new()),
+            WrittenChoices::Labelled { text, label } => (text, label),
+        };
+        let answer = match written.answer {
+            WrittenAnswer::Place(place) => place,
+            WrittenAnswer::Name(name) => {
+                let labelled = labels.iter().position(|label| *label == name);
+                let letter = || ('A'..='Z').position(|letter| name == letter.to_string());
+                let found = labelled.or_else(|| name.parse().ok()).or_else(letter);
+                found.ok_or_else(|| {
+                    format!("the answer is {name:?}; allowed: a place from 0, a letter or a label")
+                })?
+            }
+        };
+        Ok(Question {
+            prompt: written.prompt,
+            choices,
+            answer,
+        })
+    }
 }
 
 /// What a model thinks of a question's choices.
@@ -698,6 +753,10 @@ mod tests {
             r#"{"prompt": "a", "choices": ["b", "c"], "answer": 1}"#,
             r#"{"ctx": "a", "endings": ["b", "c"], "label": 1, "id": 7}"#,
             r#"{"query": "a", "choices": ["b", "c"], "gold": 1}"#,
+            r#"{"ctx": "a", "endings": ["b", "c"], "label": "1"}"#,
+            r#"{"question": "a", "choices": ["b", "c"], "answer": "B"}"#,
+            r#"{"question": "a", "choices": {"text": ["b", "c"], "label": ["A", "B"]}, "answerKey": "B"}"#,
+            r#"{"question": "a", "choices": {"text": ["b", "c"], "label": ["1", "2"]}, "answerKey": "2"}"#,
         ] {
             assert_eq!(
                 serde_json::from_str::<Question>(json).unwrap(),

@@ -1,5 +1,6 @@
 //! The loop that continues a conversation: prefill, decode, choose, tell the parts apart.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use crate::Error;
@@ -24,6 +25,8 @@ pub struct Generation<'s> {
     options: GenerateOptions,
     sampler: Sampler,
     constraint: Option<Constraint>,
+    /// Tokens that the grammar leaves no choice about; they are computed in batches with what comes after them.
+    forced: VecDeque<u32>,
     /// Special tokens that mark parts of the answer.
     marks: Vec<u32>,
     stream: TextStream,
@@ -64,6 +67,7 @@ impl<'s> Generation<'s> {
         let special = |mark: &str| tokenizer.id(mark).filter(|id| tokenizer.is_special(*id));
         Ok(Generation {
             constraint,
+            forced: VecDeque::new(),
             marks: options.format.marks().filter_map(special).collect(),
             stream: TextStream::default(),
             splitter: Splitter::new(options.format.clone()),
@@ -101,7 +105,7 @@ impl<'s> Generation<'s> {
         let (start, predicted) = (Instant::now(), predict_time());
         let step = if self.session.tokens.len() > self.session.context_tokens() {
             Ok(self.shift())
-        } else if self.unfilled() > 0 {
+        } else if self.reads() {
             self.prefill_batch()
         } else {
             self.token()
@@ -132,7 +136,7 @@ impl<'s> Generation<'s> {
     /// # Errors
     /// What the engine says.
     pub fn prefill_while(&mut self, mut go_on: impl FnMut(usize, usize) -> bool) -> Result<(), Error> {
-        while self.finished.is_none() && self.unfilled() > 0 {
+        while self.finished.is_none() && self.reads() {
             let step = self.step()?;
             if let Step::Prefilled { done, total } = step
                 && !go_on(done, total)
@@ -185,6 +189,11 @@ impl<'s> Generation<'s> {
         self.session.tokens.len() - 1 - self.session.cached
     }
 
+    /// True when the next step computes a batch: of the prompt, or of tokens that were certain.
+    fn reads(&self) -> bool {
+        self.forced.is_empty() && self.unfilled() > 0
+    }
+
     fn prefill_batch(&mut self) -> Result<Step, Error> {
         let Session {
             model,
@@ -221,11 +230,17 @@ impl<'s> Generation<'s> {
     }
 
     fn token(&mut self) -> Result<Step, Error> {
-        let Some((token, logprobs)) = self.choose()? else {
-            self.finished = Some(FinishReason::Stop);
-            return Ok(Step::Finished(FinishReason::Stop));
+        let (token, logprobs) = match self.next_forced() {
+            Some(token) => (token, None),
+            None => {
+                let Some(chosen) = self.choose()? else {
+                    self.finished = Some(FinishReason::Stop);
+                    return Ok(Step::Finished(FinishReason::Stop));
+                };
+                self.session.cached = self.session.tokens.len();
+                chosen
+            }
         };
-        self.session.cached = self.session.tokens.len();
         self.generated.push(token);
         let ends = self.session.end_tokens.contains(&token) && !self.options.ignore_end;
         let stops = ends || self.options.stop_tokens.contains(&token);
@@ -251,6 +266,15 @@ impl<'s> Generation<'s> {
         let mut piece = self.piece(token, stops)?;
         piece.logprobs = logprobs;
         Ok(Step::Token(piece))
+    }
+
+    /// The next token that the grammar leaves no choice about. Where probabilities are asked for all tokens are chosen.
+    fn next_forced(&mut self) -> Option<u32> {
+        if self.forced.is_empty() && self.options.logprobs.is_none() {
+            let forced = self.active_constraint().map(Constraint::forced);
+            self.forced.extend(forced.unwrap_or_default());
+        }
+        self.forced.pop_front()
     }
 
     /// The grammar, once it is its turn.

@@ -2,7 +2,8 @@
 //!
 //! Set [`GenerateOptions::grammar`](crate::GenerateOptions::grammar): before every token is chosen, greedily or by chance, those
 //! that cannot lead to a text of the grammar are out of the choice. The model's end tokens are in it only where the grammar may end, and a
-//! text that can only end ends without one. [`Completion::fits_grammar`](crate::Completion::fits_grammar) says whether the text
+//! text that can only end ends without one. Where the grammar leaves no choice, no token is computed to be chosen: what is certain is
+//! computed in batches, as a prompt is. [`Completion::fits_grammar`](crate::Completion::fits_grammar) says whether the text
 //! was whole when something else (the number of tokens, a stop string) ended it.
 //!
 //! The vocabulary is prepared once for each [`Tokenizer`], when its first grammar is used. The work is done by
@@ -11,7 +12,7 @@
 use std::sync::Arc;
 
 use llguidance::api::TopLevelGrammar;
-use llguidance::toktrie::{ApproximateTokEnv, InferenceCapabilities, SimpleVob, TokRxInfo, TokTrie};
+use llguidance::toktrie::{InferenceCapabilities, SimpleVob, TokRxInfo, TokTrie, TokenizerEnv};
 use llguidance::{Matcher, ParserFactory};
 use serde_json::{Value, json};
 
@@ -22,8 +23,9 @@ use crate::tokenizer::Tokenizer;
 const LONGEST_TOKEN_BYTES: usize = 240;
 /// Most token ids a vocabulary may have for grammars; the largest in use have 262,144.
 const MOST_TOKENS: usize = 1 << 22;
-/// One blank, or a new line with its indentation, between the parts of JSON: readable, and no model gets lost in blanks.
-const JSON_BLANK: &str = r"(\x20|\n[\x20]{0,24})";
+/// Between the parts of JSON there is a blank after a comma or a colon at most: readable, and no model gets lost in blanks.
+const JSON_COMMA: &str = r",\x20?";
+const JSON_COLON: &str = r":\x20?";
 
 /// What a text must be, from its first token to its last.
 ///
@@ -68,8 +70,8 @@ impl Grammar {
                 )));
             }
         };
-        let blanks = json!({"whitespace_pattern": JSON_BLANK, "whitespace_flexible": true,
-            "item_separator": ",", "key_separator": ":", "coerce_one_of": true, "lenient": false});
+        let blanks = json!({"whitespace_pattern": null, "whitespace_flexible": false,
+            "item_separator": JSON_COMMA, "key_separator": JSON_COLON, "coerce_one_of": true, "lenient": false});
         schema.insert("x-guidance".to_string(), defaults_with(&blanks));
         Ok(TopLevelGrammar::from_json_schema(Value::Object(schema)))
     }
@@ -84,12 +86,60 @@ fn defaults_with(changes: &Value) -> Value {
     options
 }
 
+/// Token ids of a text, as the model's own tokenizer cuts it.
+pub(crate) type Encode = Box<dyn Fn(&str) -> Vec<u32> + Send + Sync>;
+
 /// A tokenizer's vocabulary as grammars need it: shared by all texts.
 pub(crate) struct Prepared(ParserFactory);
 
+/// The vocabulary as a tree of bytes, with the tokenizer's own way to cut a text.
+struct Vocabulary {
+    tree: TokTrie,
+    encode: Encode,
+    /// It cuts a piece of a text as that stands, and puts nothing before it.
+    cuts_pieces: bool,
+}
+
+impl Vocabulary {
+    fn new(tree: TokTrie, encode: Encode) -> Self {
+        const SAMPLES: [&str; 4] = ["a", " a", "\"a", "\n"];
+        let mut vocabulary = Vocabulary {
+            tree,
+            encode,
+            cuts_pieces: false,
+        };
+        vocabulary.cuts_pieces = SAMPLES
+            .iter()
+            .all(|text| vocabulary.cut(text.as_bytes()).is_some());
+        vocabulary
+    }
+
+    /// The tokens of a text, when they are tokens of text and have its bytes.
+    fn cut(&self, bytes: &[u8]) -> Option<Vec<u32>> {
+        let text = std::str::from_utf8(bytes).ok()?;
+        let ids = (self.encode)(text);
+        (self.tree.decode_raw(&ids) == bytes).then_some(ids)
+    }
+}
+
+impl TokenizerEnv for Vocabulary {
+    fn tok_trie(&self) -> &TokTrie {
+        &self.tree
+    }
+
+    fn tokenize_bytes(&self, bytes: &[u8]) -> Vec<u32> {
+        self.cut(bytes)
+            .unwrap_or_else(|| self.tree.greedy_tokenize(bytes))
+    }
+
+    fn tokenize_is_canonical(&self) -> bool {
+        self.cuts_pieces
+    }
+}
+
 impl Prepared {
     /// `words` are the bytes of each token id, `None` for those that are no text.
-    pub fn new(words: Vec<Option<Vec<u8>>>) -> Result<Self, Error> {
+    pub fn new(words: Vec<Option<Vec<u8>>>, encode: Encode) -> Result<Self, Error> {
         let failed = |e: &dyn std::fmt::Display| Error::Grammar(format!("the vocabulary: {e}"));
         if words.len() >= MOST_TOKENS {
             let many = format!("{} token ids; allowed: fewer than {MOST_TOKENS}", words.len());
@@ -111,7 +161,7 @@ impl Prepared {
             tok_unk: None,
             tok_end_of_turn: None,
         };
-        let environment = Arc::new(ApproximateTokEnv::new(TokTrie::from(&info, &words)));
+        let environment = Arc::new(Vocabulary::new(TokTrie::from(&info, &words), encode));
         let slices = llguidance::earley::SlicedBiasComputer::general_slices();
         let mut factory = ParserFactory::new(&(environment as _), InferenceCapabilities::default(), &slices)
             .map_err(|e| failed(&e))?;
@@ -158,6 +208,16 @@ impl Constraint {
         }
         let mask = self.matcher.compute_mask().map_err(|e| failed(&e))?;
         Ok(Allowed(Some(mask), self.end))
+    }
+
+    /// The tokens that come next in any case, as the model's own tokenizer cuts what they say; none where there is a choice.
+    pub fn forced(&mut self) -> Vec<u32> {
+        if self.is_done() {
+            return Vec::new();
+        }
+        let mut tokens = self.matcher.compute_ff_tokens();
+        tokens.retain(|token| *token != self.end);
+        tokens
     }
 
     /// Takes a token of text that was allowed.
@@ -234,8 +294,15 @@ mod tests {
             (&Grammar::JsonObject, "{\"x\": [1, true]}", (true, true)),
             (&Grammar::JsonObject, "{\"x\": [1, tr", (true, false)),
             (&Grammar::JsonObject, "[1]", (false, false)),
-            (&Grammar::JsonObject, "{\n  \"x\": null\n}", (true, true)),
-            (&Grammar::JsonObject, "{  \"x\": null}", (false, false)),
+            (
+                &Grammar::JsonObject,
+                "{\"x\":[1,{\"y\":\"z\"}], \"v\": {}}",
+                (true, true),
+            ),
+            (&Grammar::JsonObject, "{\"x\" : null}", (false, false)),
+            (&Grammar::JsonObject, "{ \"x\": null}", (false, false)),
+            (&Grammar::JsonObject, "{\"x\":  null}", (false, false)),
+            (&Grammar::JsonObject, "{\"x\": [\n1]}", (false, false)),
             (&schema, "{\"a\":12}", (true, true)),
             (&schema, "{\"b\"", (false, false)),
             (&schema, "{}", (false, false)),
@@ -253,6 +320,28 @@ mod tests {
             }
         }
         assert!(failures.is_empty(), "{}", failures.join("\n"));
+    }
+
+    #[test]
+    fn what_a_grammar_leaves_no_choice_about_is_known_at_once() {
+        let tokenizer = bytes_tokenizer();
+        let text_of = |tokens: &[u32]| tokenizer.decode(tokens, false).unwrap();
+        let grammar = Grammar::JsonSchema(json!({"type": "object",
+            "properties": {"the name": {"enum": ["aa", "ab"]}}, "required": ["the name"], "additionalProperties": false}));
+        let mut constraint = Constraint::new(&grammar, &tokenizer).unwrap();
+        let first = constraint.forced();
+        assert_eq!(text_of(&first), "{\"the name\":");
+        // `the` is one token where it follows a blank, and three where it does not.
+        assert_eq!(first[..3], tokenizer.encode("{\"t").unwrap());
+        assert!(constraint.take_all(&first).unwrap());
+        assert!(constraint.forced().is_empty(), "a blank may come or not");
+        assert!(constraint.take_all(&tokenizer.encode("\"a").unwrap()).unwrap());
+        assert!(constraint.forced().is_empty());
+        constraint.take(u32::from(b'b')).unwrap();
+        let rest = constraint.forced();
+        assert_eq!(text_of(&rest), "\"}");
+        assert!(constraint.take_all(&rest).unwrap() && constraint.is_done());
+        assert!(constraint.forced().is_empty());
     }
 
     #[test]

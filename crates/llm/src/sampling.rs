@@ -331,15 +331,29 @@ impl Sampler {
     }
 }
 
+/// Numbers compared at a time, so that the compiler makes vectors of them.
+const LANES: usize = 32;
+
 /// The first of the largest numbers and its value; NaN is passed over.
 fn best(logits: &[f32]) -> Option<(u32, f32)> {
-    let mut best: Option<(u32, f32)> = None;
-    for (token, &logit) in (0u32..).zip(logits) {
-        if best.map_or(!logit.is_nan(), |(_, most)| logit > most) {
-            best = Some((token, logit));
+    // A comparison with NaN is false, so that it never becomes the larger one.
+    let larger = |most: f32, logit: f32| if logit > most { logit } else { most };
+    let (chunks, rest) = logits.as_chunks::<LANES>();
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    for chunk in chunks {
+        for (lane, &logit) in lanes.iter_mut().zip(chunk) {
+            *lane = larger(*lane, logit);
         }
     }
-    best
+    let most = lanes
+        .iter()
+        .chain(rest)
+        .fold(f32::NEG_INFINITY, |most, &logit| larger(most, logit));
+    // Minus infinity is the most too where nothing but NaN came; then it is found nowhere.
+    let here = |chunk: &[f32; LANES]| chunk.iter().fold(false, |found, &logit| found | (logit == most));
+    let before = chunks.iter().take_while(|chunk| !here(chunk)).count() * LANES;
+    let after = logits.get(before..)?.iter().position(|&logit| logit == most)?;
+    Some((u32::try_from(before + after).ok()?, most))
 }
 
 #[cfg(test)]
@@ -386,6 +400,25 @@ mod tests {
                     "{logits:?}"
                 );
             }
+        }
+    }
+
+    #[test]
+    fn the_best_is_found_wherever_it_stands() {
+        for size in [1, LANES - 1, LANES, LANES + 1, 3 * LANES + 7] {
+            for at in 0..size {
+                let mut logits = vec![-1.0; size];
+                logits[size / 2] = NAN;
+                logits[at] = 2.0;
+                logits[size - 1] = 2.0;
+                assert_eq!(
+                    best(&logits),
+                    Some((u32::try_from(at).unwrap(), 2.0)),
+                    "{at} of {size}"
+                );
+            }
+            assert_eq!(best(&vec![LOW; size]), Some((0, LOW)));
+            assert_eq!(best(&vec![NAN; size]), None);
         }
     }
 

@@ -475,6 +475,11 @@ mod tests {
             (prompt.text.as_str(), prompt.format.tools),
             ("f<tool_call>", Some(ToolFormat::Tagged))
         );
+        let deepseek = parse("{% for t in tools %}{{ t }}{% endfor %}<｜tool▁call▁begin｜>");
+        assert_eq!(
+            deepseek.prompt(&[], &tools).unwrap().format.tools,
+            Some(ToolFormat::DeepSeek)
+        );
         assert_eq!(
             with_tools
                 .prompt(&[], &TemplateOptions::default())

@@ -1,6 +1,6 @@
 //! Text to token ids and back, the way back one token at a time.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use crate::Error;
 use crate::grammar::Prepared;
@@ -13,8 +13,10 @@ const REPLACEMENT: char = '\u{FFFD}';
 /// A model's vocabulary and rules, read from `tokenizer.json`.
 #[derive(Debug)]
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
+    inner: Arc<tokenizers::Tokenizer>,
     special: Vec<u32>,
+    /// The decoder joins the bytes of tokens and does nothing else.
+    joins_bytes: bool,
     /// The vocabulary for grammars, once one was used.
     prepared: OnceLock<Prepared>,
 }
@@ -41,8 +43,12 @@ impl Tokenizer {
             .collect();
         special.sort_unstable();
         Ok(Tokenizer {
-            inner,
             special,
+            joins_bytes: matches!(
+                inner.get_decoder(),
+                Some(tokenizers::DecoderWrapper::ByteLevel(_))
+            ),
+            inner: Arc::new(inner),
             prepared: OnceLock::new(),
         })
     }
@@ -61,11 +67,10 @@ impl Tokenizer {
 
     /// Ids and token types of `text` with the special tokens the model wants around it, and how many tokens of its end
     /// were left out so that no more than `max_tokens` came.
-    pub(crate) fn encode_whole(
-        &self,
-        text: &str,
-        max_tokens: usize,
-    ) -> Result<(Vec<u32>, Vec<u32>, usize), Error> {
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] when the library refuses the text.
+    pub fn encode_whole(&self, text: &str, max_tokens: usize) -> Result<(Vec<u32>, Vec<u32>, usize), Error> {
         let failed = |e: tokenizers::Error| Error::Tokenizer(e.to_string());
         let mut encoding = self.inner.encode_fast(text, false).map_err(failed)?;
         let room = max_tokens.saturating_sub(self.added_tokens());
@@ -92,6 +97,12 @@ impl Tokenizer {
         self.inner
             .decode(ids, !with_special)
             .map_err(|e| Error::Tokenizer(e.to_string()))
+    }
+
+    /// The bytes of `id`, where a text is the bytes of its tokens and nothing else; none for an id without a token.
+    fn joined_bytes(&self, id: u32) -> Option<Vec<u8>> {
+        let token = || self.inner.id_to_token(id).unwrap_or_default();
+        self.joins_bytes.then(|| Spelling::Bytes.bytes(&token()))
     }
 
     /// The id of a token by its exact text.
@@ -131,7 +142,12 @@ impl Tokenizer {
         if let Some(prepared) = self.prepared.get() {
             return Ok(prepared);
         }
-        let prepared = Prepared::new(self.words()?)?;
+        let inner = Arc::clone(&self.inner);
+        let encode = move |text: &str| {
+            let encoding = inner.encode_fast(text, false).ok();
+            encoding.map_or_else(Vec::new, |encoding| encoding.get_ids().to_vec())
+        };
+        let prepared = Prepared::new(self.words()?, Box::new(encode))?;
         // Of two threads that prepare at once, one's work is dropped.
         Ok(self.prepared.get_or_init(|| prepared))
     }
@@ -226,10 +242,13 @@ fn byte_of_symbol(symbol: char) -> Option<u8> {
 
 /// Turns a stream of ids into a stream of text that never splits a character.
 ///
-/// It keeps only the ids since the last boundary: a piece is what the text of those ids gained, so joined pieces are
-/// the text of all ids, spaces between words included. Special tokens give no text.
+/// A piece is what the text of all ids gained with the last one, so joined pieces are the text of all ids, spaces between words included.
+/// Special tokens give no text. Of byte-level vocabularies only the bytes of an incomplete character are kept, of others the ids since the
+/// last boundary.
 #[derive(Debug, Clone, Default)]
 pub struct TextStream {
+    /// Bytes that are no whole character yet.
+    bytes: Vec<u8>,
     /// Ids whose text is out (the first `settled` of them) and ids that wait.
     window: Vec<u32>,
     settled: usize,
@@ -245,6 +264,10 @@ impl TextStream {
         if tokenizer.is_special(id) {
             return self.flush(tokenizer);
         }
+        if let Some(bytes) = tokenizer.joined_bytes(id) {
+            self.bytes.extend(bytes);
+            return Ok(take_characters(&mut self.bytes));
+        }
         self.window.push(id);
         let text = tokenizer.decode(&self.window, false)?;
         let waiting = self.window.len() - self.settled;
@@ -259,6 +282,10 @@ impl TextStream {
     /// # Errors
     /// As [`Tokenizer::decode`].
     pub fn flush(&mut self, tokenizer: &Tokenizer) -> Result<String, Error> {
+        if !self.bytes.is_empty() {
+            let bytes = std::mem::take(&mut self.bytes);
+            return Ok(String::from_utf8_lossy(&bytes).into_owned());
+        }
         if self.window.len() == self.settled {
             return Ok(String::new());
         }
@@ -274,6 +301,28 @@ impl TextStream {
         self.settled_text = tokenizer.decode(&self.window, false)?;
         Ok(piece)
     }
+}
+
+/// Takes the whole characters off `bytes`, replacement characters for what can become none; leaves the start of one.
+fn take_characters(bytes: &mut Vec<u8>) -> String {
+    let mut text = String::new();
+    let mut taken = 0;
+    for chunk in bytes.utf8_chunks() {
+        text.push_str(chunk.valid());
+        taken += chunk.valid().len();
+        let wrong = chunk.invalid();
+        let at_end = taken + wrong.len() == bytes.len();
+        let may_go_on = std::str::from_utf8(wrong).is_err_and(|error| error.error_len().is_none());
+        if at_end && may_go_on {
+            break;
+        }
+        if !wrong.is_empty() {
+            text.push(REPLACEMENT);
+            taken += wrong.len();
+        }
+    }
+    bytes.drain(..taken);
+    text
 }
 
 fn common_prefix_bytes(a: &str, b: &str) -> usize {
@@ -324,6 +373,15 @@ pub(crate) mod tests {
         char::from_u32(256 + u32::try_from(before).unwrap()).unwrap()
     }
 
+    /// The same vocabulary behind a decoder that is asked for every window of ids.
+    fn windowed_tokenizer() -> Tokenizer {
+        let mut json: serde_json::Value = serde_json::from_str(&bytes_tokenizer_json()).unwrap();
+        json["decoder"] = serde_json::json!({"type": "Sequence", "decoders": [json["decoder"]]});
+        let tokenizer = Tokenizer::parse("tokenizer.json", json.to_string().as_bytes()).unwrap();
+        assert!(!tokenizer.joins_bytes && bytes_tokenizer().joins_bytes);
+        tokenizer
+    }
+
     fn stream(tokenizer: &Tokenizer, ids: &[u32]) -> Vec<String> {
         let mut stream = TextStream::default();
         let mut pieces: Vec<_> = ids
@@ -336,36 +394,55 @@ pub(crate) mod tests {
 
     #[test]
     fn characters_split_over_tokens_come_out_whole() {
-        let tokenizer = bytes_tokenizer();
-        for text in [
-            "plain",
-            "Grüße",
-            "日本語",
-            "😀😃 ok",
-            "e\u{301}",
-            " the the",
-            "a\u{FFFD}b",
-            "😀😀😀😀😀😀",
-        ] {
-            let ids = tokenizer.encode(text).unwrap();
-            let pieces = stream(&tokenizer, &ids);
-            assert_eq!(pieces.concat(), text);
-            let split = pieces.iter().any(|p| p.contains(REPLACEMENT)) && !text.contains(REPLACEMENT);
-            assert!(!split, "{text}: {pieces:?}");
+        for tokenizer in [bytes_tokenizer(), windowed_tokenizer()] {
+            for text in [
+                "plain",
+                "Grüße",
+                "日本語",
+                "😀😃 ok",
+                "e\u{301}",
+                " the the",
+                "a\u{FFFD}b",
+                "😀😀😀😀😀😀",
+            ] {
+                let ids = tokenizer.encode(text).unwrap();
+                let pieces = stream(&tokenizer, &ids);
+                assert_eq!(pieces.concat(), text);
+                let split = pieces.iter().any(|p| p.contains(REPLACEMENT)) && !text.contains(REPLACEMENT);
+                assert!(!split, "{text}: {pieces:?}");
+            }
+            assert_eq!(
+                stream(&tokenizer, &[0xF0, 0x9F, 0x98, 0x80, 33]),
+                ["", "", "", "😀", "!", ""]
+            );
         }
-        assert_eq!(
-            stream(&tokenizer, &[0xF0, 0x9F, 0x98, 0x80, 33]),
-            ["", "", "", "😀", "!", ""]
-        );
     }
 
     #[test]
     fn bytes_that_are_no_text_are_shown_and_do_not_wait_forever() {
+        for tokenizer in [bytes_tokenizer(), windowed_tokenizer()] {
+            let pieces = stream(&tokenizer, &[0xFF; 40]);
+            assert!(pieces.iter().filter(|p| !p.is_empty()).count() >= 2, "{pieces:?}");
+            assert_eq!(pieces.concat().chars().filter(|&c| c == REPLACEMENT).count(), 40);
+            assert_eq!(stream(&tokenizer, &[97, 0xC3]).concat(), "a\u{FFFD}");
+        }
+    }
+
+    #[test]
+    fn pieces_join_to_the_text_of_all_ids_whatever_bytes_come() {
         let tokenizer = bytes_tokenizer();
-        let pieces = stream(&tokenizer, &[0xFF; 40]);
-        assert!(pieces.iter().filter(|p| !p.is_empty()).count() >= 2, "{pieces:?}");
-        assert_eq!(pieces.concat().chars().filter(|&c| c == REPLACEMENT).count(), 40);
-        assert_eq!(stream(&tokenizer, &[97, 0xC3]).concat(), "a\u{FFFD}");
+        let mut state = 7u32;
+        for length in 1..200 {
+            let mut next = || {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                // Mostly leading and continuing bytes, which make characters that begin and break off.
+                let byte = state >> 24;
+                if byte < 0x60 { byte } else { byte | 0x80 }
+            };
+            let ids: Vec<u32> = (0..length).map(|_| next()).collect();
+            let whole = tokenizer.decode(&ids, false).unwrap();
+            assert_eq!(stream(&tokenizer, &ids).concat(), whole, "{ids:?}");
+        }
     }
 
     #[test]

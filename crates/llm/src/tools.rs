@@ -39,6 +39,9 @@ pub enum ToolFormat {
     Json,
     /// `[TOOL_CALLS][{"name": …, "arguments": {…}}]`, or `[TOOL_CALLS]NAME[ARGS]{…}`: Mistral.
     Mistral,
+    /// `<｜tool▁calls▁begin｜>`, then for each call `<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>{…}<｜tool▁call▁end｜>` (V3.1), or
+    /// `function<｜tool▁sep｜>NAME` and the arguments as a block of JSON between the same marks (V3, R1): DeepSeek.
+    DeepSeek,
 }
 
 /// Marks of calls in answers.
@@ -48,6 +51,11 @@ pub(crate) const MISTRAL_OPEN: &str = "[TOOL_CALLS]";
 pub(crate) const PYTHON_TAG: &str = "<|python_tag|>";
 const MISTRAL_ARGUMENTS: &str = "[ARGS]";
 const MISTRAL_ID: &str = "[CALL_ID]";
+pub(crate) const DEEPSEEK_OPEN: &str = "<｜tool▁calls▁begin｜>";
+const DEEPSEEK_CLOSE: &str = "<｜tool▁calls▁end｜>";
+const DEEPSEEK_CALL: &str = "<｜tool▁call▁begin｜>";
+const DEEPSEEK_CALL_END: &str = "<｜tool▁call▁end｜>";
+const DEEPSEEK_SEPARATOR: &str = "<｜tool▁sep｜>";
 
 impl ToolFormat {
     /// The form a template teaches, read off its source.
@@ -56,6 +64,8 @@ impl ToolFormat {
             ToolFormat::Tagged
         } else if source.contains(MISTRAL_OPEN) {
             ToolFormat::Mistral
+        } else if source.contains(DEEPSEEK_CALL) {
+            ToolFormat::DeepSeek
         } else {
             ToolFormat::Json
         }
@@ -67,6 +77,7 @@ impl ToolFormat {
             ToolFormat::Tagged => TAG_OPEN,
             ToolFormat::Json => PYTHON_TAG,
             ToolFormat::Mistral => MISTRAL_OPEN,
+            ToolFormat::DeepSeek => DEEPSEEK_OPEN,
         }
     }
 
@@ -76,6 +87,13 @@ impl ToolFormat {
             ToolFormat::Tagged => &[TAG_OPEN, TAG_CLOSE],
             ToolFormat::Json => &[PYTHON_TAG],
             ToolFormat::Mistral => &[MISTRAL_OPEN, MISTRAL_ARGUMENTS, MISTRAL_ID],
+            ToolFormat::DeepSeek => &[
+                DEEPSEEK_OPEN,
+                DEEPSEEK_CLOSE,
+                DEEPSEEK_CALL,
+                DEEPSEEK_CALL_END,
+                DEEPSEEK_SEPARATOR,
+            ],
         }
     }
 
@@ -88,6 +106,7 @@ impl ToolFormat {
             }
             ToolFormat::Tagged | ToolFormat::Json => parse_objects(text)?,
             ToolFormat::Mistral => parse_mistral(text)?,
+            ToolFormat::DeepSeek => parse_deepseek(text)?,
         };
         let calls: Vec<ToolCall> = (before..).zip(found).map(|(at, call)| call.at(at)).collect();
         (!calls.is_empty()).then_some(calls)
@@ -185,6 +204,30 @@ fn parse_mistral(text: &str) -> Option<Vec<Found>> {
     Some(calls)
 }
 
+/// What follows `<｜tool▁calls▁begin｜>`: calls between marks of their own. An answer that ends early may lack the last marks.
+fn parse_deepseek(text: &str) -> Option<Vec<Found>> {
+    let text = text.split(DEEPSEEK_CLOSE).next()?.trim();
+    let mut calls = Vec::new();
+    for part in text.strip_prefix(DEEPSEEK_CALL)?.split(DEEPSEEK_CALL) {
+        let part = part.trim().trim_end_matches(DEEPSEEK_CALL_END);
+        let (name, arguments) = match part.split_once(DEEPSEEK_SEPARATOR)? {
+            ("function", rest) => rest.split_once('\n')?,
+            named => named,
+        };
+        let arguments = arguments.trim();
+        let block = arguments
+            .strip_prefix("```json")
+            .or(arguments.strip_prefix("```"));
+        let arguments = block.unwrap_or(arguments);
+        let (arguments, after) = first_json(arguments)?;
+        if !matches!(after.trim(), "" | "```") {
+            return None;
+        }
+        calls.push(Found::new(name, arguments)?);
+    }
+    Some(calls)
+}
+
 /// `<function=NAME><parameter=KEY>VALUE</parameter>…</function>`. A value that is JSON other than a string is that, else it is text.
 fn parse_function_tags(text: &str) -> Option<Found> {
     let body = text.trim().strip_prefix("<function=")?;
@@ -227,7 +270,7 @@ mod tests {
 
     #[test]
     fn calls_are_read_in_every_form_and_anything_else_is_none() {
-        use ToolFormat::{Json, Mistral, Tagged};
+        use ToolFormat::{DeepSeek, Json, Mistral, Tagged};
         let one = |name: &str, arguments: Value| Some(vec![(name.to_owned(), arguments)]);
         let mut failures = Vec::new();
         for (format, text, expected) in [
@@ -279,6 +322,24 @@ mod tests {
                 Some(vec![("f".into(), json!({})), ("g".into(), json!({"y": 2}))]),
             ),
             (Mistral, "no call", None),
+            (
+                DeepSeek,
+                "<｜tool▁call▁begin｜>f<｜tool▁sep｜>{\"x\": 1}<｜tool▁call▁end｜><｜tool▁call▁begin｜>g<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+                Some(vec![("f".into(), json!({"x": 1})), ("g".into(), json!({}))]),
+            ),
+            (
+                DeepSeek,
+                "<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{\"x\": \"``\"}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>g\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+                Some(vec![("f".into(), json!({"x": "``"})), ("g".into(), json!({}))]),
+            ),
+            (
+                DeepSeek,
+                "<｜tool▁call▁begin｜>f<｜tool▁sep｜>{\"x\": 1}",
+                one("f", json!({"x": 1})),
+            ),
+            (DeepSeek, "<｜tool▁call▁begin｜>f<｜tool▁sep｜>{\"x\":", None),
+            (DeepSeek, "<｜tool▁call▁begin｜>f", None),
+            (DeepSeek, "f{}", None),
         ] {
             let found = read(format, text);
             if found != expected {

@@ -13,10 +13,11 @@ pub struct Program {
     pub attributes: Attributes,
 }
 
-/// The dialect of MIL text a program was written in.
+/// The dialect of MIL text a program was written in, or is written in when it comes from the protobuf form: from specification
+/// version 9 on with bare scalars.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ProgramVersion {
-    /// Scalars are rank-0 tensors: `tensor<int32, []>(1)`. Also what the protobuf form maps to.
+    /// Scalars are rank-0 tensors: `tensor<int32, []>(1)`.
     #[default]
     V1_0,
     /// Scalars are bare: `int32(1)`.

@@ -45,7 +45,9 @@ pub(crate) fn read_spec(bytes: &Bytes, path: &str) -> Result<(Description, Optio
         source,
     })?;
     let program = match (field, model.program) {
-        (PROGRAM_FIELD, Some(program)) => Some(program::convert(program).map_err(|p| p.in_file(path))?),
+        (PROGRAM_FIELD, Some(program)) => {
+            Some(program::convert(program, model.specification_version).map_err(|p| p.in_file(path))?)
+        }
         _ => None,
     };
     let mut description =

@@ -52,6 +52,23 @@ fn compiled_text_prints_byte_for_byte_and_packages_survive_printing() {
 }
 
 #[test]
+fn packages_of_ios_18_print_in_the_dialect_of_bare_scalars_and_older_ones_do_not() {
+    for (name, beginning) in [
+        ("control_flow", "program(1.0)\n"),
+        ("flexible", "program(1.0)\n"),
+        ("stateful", "program(1.3)\n"),
+    ] {
+        let text = print_program(open(&format!("{name}.mlpackage")).program().unwrap());
+        assert!(text.starts_with(beginning), "{name}: {}", &text[..20]);
+        assert_eq!(
+            text.contains("tensor<string, []>"),
+            beginning == "program(1.0)\n",
+            "{name}"
+        );
+    }
+}
+
+#[test]
 fn memory_gives_the_same_model_as_the_disk() {
     let mut files = BTreeMap::new();
     for file in [

@@ -252,7 +252,12 @@ proptest! {
         }
         written.unwrap();
         let model = Model::open(&path).unwrap();
-        let program = Program { version: ProgramVersion::V1_0, ..program };
+        // A package does not say in which dialect it is printed: its specification version does.
+        let version = match description.specification_version {
+            9.. => ProgramVersion::V1_3,
+            _ => ProgramVersion::V1_0,
+        };
+        let program = Program { version, ..program };
         prop_assert_eq!(model.program(), Some(&program));
         prop_assert_eq!(model.description(), &description);
     }

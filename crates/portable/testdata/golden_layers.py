@@ -58,6 +58,20 @@ def linear(f):
     for equation, (a, b) in equations.items():
         f.case("einsum", {"values": [In(f.normal(*a)), In(f.normal(*b))], "equation": equation}, einsum, equation)
 
+    # From iOS 17 on a constant may have a type of its own; the result has that of the computed value.
+    def like(dtype):
+        return lambda x, y: (x.astype(np.float64) @ y.astype(np.float64)).astype(dtype)
+
+    for kind in (np.float32, np.float16):
+        half, whole = f.normal(2, 5).astype(kind), f.integers(-9, 9, 5, 3)
+        name = f"{np.dtype(kind).name} and integers"
+        f.add("matmul", {"x": In(half), "y": whole}, like(kind), f"{name}, constant right", "ios17", kind, ())
+        f.add("matmul", {"x": whole.T, "y": In(half.T)}, like(kind), f"{name}, constant left", "ios17", kind, ())
+        f.add("matmul", {"x": In(whole.T), "y": half.T}, like(np.int32), f"{name}, computed left", "ios17", kind, ())
+        f.add("matmul", {"x": half, "y": In(whole)}, like(np.int32), f"{name}, computed right", "ios17", kind, ())
+    wide, narrow = f.normal(2, 5), f.normal(5, 3).astype(np.float16)
+    f.add("matmul", {"x": In(wide), "y": narrow}, like(np.float32), "a constant of 16 bits", "ios17", np.float32, ())
+
 
 @family("normalization")
 def normalization(f):

@@ -389,7 +389,14 @@ def tensor_transformation(f):
     f.case("squeeze", {"x": In(x.reshape(1, 2, 1, 12)), "axes": np.array([-2])}, lambda x, axes: x[:, :, 0], "one")
     f.case("squeeze", {"x": In(x.reshape(1, 2, 1, 12)), "axes": np.array([0, 1])}, lambda x, axes: x[0], "not of size 1")
     f.case("reshape", {"x": In(x), "shape": np.array([4, -1])}, lambda x, shape: x.reshape(4, 6), "left open")
-    f.case("reshape", {"x": In(whole), "shape": np.array([0, 12])}, lambda x, shape: x.reshape(2, 12), "kept", opset="ios17")
+    f.case("reshape", {"x": In(whole), "shape": np.array([0, 12, 1])}, lambda x, shape: x.reshape(2, 12, 1), "kept", opset="ios17")
+    f.case("reshape", {"x": In(whole), "shape": np.array([0, 8])}, lambda x, shape: x.reshape(3, 8), "kept from the right")
+    f.case(
+        "reshape",
+        {"x": In(whole[0]), "shape": np.array([1, 0, -1, 0])},
+        lambda x, shape: x.reshape(1, 1, 3, 4),
+        "kept where there is one",
+    )
     f.case("transpose", {"x": In(x), "perm": np.array([2, 0, 1])}, lambda x, perm: x.transpose(2, 0, 1))
     f.case("transpose", {"x": In(whole), "perm": np.array([-1, -2, -3])}, lambda x, perm: x.transpose(2, 1, 0), "negative")
     f.case("reverse", {"x": In(x)}, lambda x: x[::-1, ::-1, ::-1], "all")

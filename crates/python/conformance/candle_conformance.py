@@ -10,6 +10,11 @@ CONFORMANCE_PRECISION=P   only tests whose programs are fp32 or fp16, and those 
 CONFORMANCE_DONE=FILE     names of tests to leave out, one a line; CONFORMANCE_ONLY=FILE: names of the tests to run
 CONFORMANCE_NAMES=FILE    where to write the names of the tests that are chosen
 CONFORMANCE_ATOL, _RTOL   upper bounds for the tolerances that tests give numpy (they allow 0.5 and 0.05 for fp16)
+CONFORMANCE_GRID=G        the random numbers that tests draw are multiples of 1/G. With G = 16, float16 holds them, and most sums of
+                          their products: a test that fails without it and passes with it computed its expectation from numbers
+                          that its program does not have
+
+Tests draw the same random numbers in every run.
 """
 
 import candle_coreml.coremltools as bridge  # before coremltools
@@ -18,6 +23,9 @@ import gc
 import hashlib
 import json
 import os
+import random
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -67,6 +75,60 @@ def _bound_tolerances():
 _bound_tolerances()
 
 
+def _on_grid(grid):
+    """Rounds the random numbers of numpy and PyTorch to multiples of 1/grid."""
+
+    def rounded(draw):
+        return lambda *arguments, **named: np.round(np.multiply(draw(*arguments, **named), grid)) / grid
+
+    for name in ("rand", "randn", "random", "random_sample", "sample", "uniform", "normal"):
+        setattr(np.random, name, rounded(getattr(np.random, name)))
+    try:
+        import torch
+    except ImportError:
+        return
+
+    def drawn(draw):
+        return lambda *arguments, **named: torch.round(draw(*arguments, **named) * grid) / grid
+
+    def filled(fill):
+        def inner(tensor, *arguments, **named):
+            fill(tensor, *arguments, **named)
+            with torch.no_grad():
+                return tensor.copy_(torch.round(tensor * grid) / grid)
+
+        return inner
+
+    for name in ("rand", "randn"):
+        setattr(torch, name, drawn(getattr(torch, name)))
+    for name in ("uniform_", "normal_"):
+        setattr(torch.Tensor, name, filled(getattr(torch.Tensor, name)))
+
+
+def _too_long(*_):
+    raise TimeoutError(f"no numbers were found on the grid in {_GRID_SECONDS} s")
+
+
+_grid = int(os.environ.get("CONFORMANCE_GRID", "0"))
+#: A test that wants numbers that all differ may never find enough of them on the grid.
+_GRID_SECONDS = 120
+
+
+def _seed(item):
+    place = _place(item)
+    random.seed(place)
+    np.random.seed(place)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(place)
+
+
+if _grid:
+    _on_grid(_grid)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGALRM, _too_long)
+
+
 def _precision(item):
     """Precision of the programs that a test makes, where one of its parameters says it."""
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
@@ -77,6 +139,11 @@ def _precision(item):
         if found in ("fp16", "fp32"):
             return found
     return ""
+
+
+def _name(nodeid):
+    """The name of a test on one line: some have arrays in it."""
+    return nodeid.replace("\n", "\\n")
 
 
 def _names(variable):
@@ -96,7 +163,7 @@ def _chosen(item, done, only):
     every = int(os.environ.get("CONFORMANCE_EVERY", "1"))
     part = int(os.environ.get("CONFORMANCE_PART", "0"))
     precision = os.environ.get("CONFORMANCE_PRECISION", "")
-    name = item.nodeid
+    name = _name(item.nodeid)
     if done is not None and name in done or only is not None and name not in only:
         return False
     if precision and _precision(item) not in ("", precision):
@@ -117,7 +184,7 @@ def pytest_collection_modifyitems(config, items):
     # With several workers each of them collects the same.
     if names and os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0":
         with open(names, "w", encoding="utf-8") as file:
-            file.write("\n".join(item.nodeid for item in kept))
+            file.write("\n".join(_name(item.nodeid) for item in kept))
 
 
 def pytest_collection_finish(session):
@@ -131,7 +198,12 @@ def pytest_collection_finish(session):
 def pytest_runtest_protocol(item, nextitem):
     _versions.clear()
     _loads.clear()
+    _seed(item)
+    if _grid and hasattr(signal, "alarm"):
+        signal.alarm(_GRID_SECONDS)
     yield
+    if _grid and hasattr(signal, "alarm"):
+        signal.alarm(0)
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -153,7 +225,7 @@ def pytest_runtest_logreport(report):
             crash = getattr(report.longrepr, "reprcrash", None)
             reason = crash.message if crash else str(report.longrepr)
         line = {
-            "test": report.nodeid,
+            "test": _name(report.nodeid),
             "outcome": report.outcome,
             "when": report.when,
             "reached": getattr(report, "reached", []),

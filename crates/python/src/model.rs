@@ -34,6 +34,7 @@ fn built(
     function: Option<&str>,
     choices: [&str; 3],
     threads: usize,
+    wide: bool,
 ) -> PyResult<CoreMLModelBuilder> {
     let [numerics, compute_units, engine] = choices;
     let builder = builder
@@ -65,7 +66,8 @@ fn built(
                 ("apple", EngineKind::Apple),
             ],
         )?)
-        .threads(threads);
+        .threads(threads)
+        .wide(wide);
     Ok(match function {
         Some(name) => builder.function(name),
         None => builder,
@@ -75,9 +77,10 @@ fn built(
 #[pymethods]
 impl Model {
     /// Opens a `.mlpackage`, `.mlmodel` or `.mlmodelc`. The files are not needed afterwards unless they are large: weights
-    /// are mapped, not read, and a mapped file may be deleted but not changed.
+    /// are mapped, not read, and a mapped file may be deleted but not changed. With `wide`, inputs and outputs that are
+    /// float16 are float32 and not rounded (portable engine).
     #[new]
-    #[pyo3(signature = (path, function=None, *, numerics="default", compute_units="all", engine="auto", threads=0))]
+    #[pyo3(signature = (path, function=None, *, numerics="default", compute_units="all", engine="auto", threads=0, wide=false))]
     #[expect(clippy::too_many_arguments, reason = "they are keywords in Python")]
     fn new(
         py: Python<'_>,
@@ -87,9 +90,10 @@ impl Model {
         compute_units: &str,
         engine: &str,
         threads: usize,
+        wide: bool,
     ) -> PyResult<Self> {
         let choices = [numerics, compute_units, engine];
-        let builder = built(CoreMLModelBuilder::new(path), function, choices, threads)?;
+        let builder = built(CoreMLModelBuilder::new(path), function, choices, threads, wide)?;
         let inner = py.detach(|| builder.load()).map_err(failed)?;
         Ok(Model { inner })
     }
@@ -97,7 +101,7 @@ impl Model {
     /// Opens a model whose files are in memory: `files` maps relative paths to their bytes, `root` is the model's own file
     /// or folder among them.
     #[staticmethod]
-    #[pyo3(signature = (files, root, function=None, *, numerics="default", threads=0))]
+    #[pyo3(signature = (files, root, function=None, *, numerics="default", threads=0, wide=false))]
     fn from_memory(
         py: Python<'_>,
         files: BTreeMap<String, Bound<'_, PyBytes>>,
@@ -105,13 +109,14 @@ impl Model {
         function: Option<&str>,
         numerics: &str,
         threads: usize,
+        wide: bool,
     ) -> PyResult<Self> {
         let files = files
             .into_iter()
             .map(|(name, bytes)| (name, bytes.as_bytes().to_vec().into()))
             .collect();
         let builder = CoreMLModelBuilder::from_source(Source::memory(files), root);
-        let builder = built(builder, function, [numerics, "all", "portable"], threads)?;
+        let builder = built(builder, function, [numerics, "all", "portable"], threads, wide)?;
         let inner = py.detach(|| builder.load()).map_err(failed)?;
         Ok(Model { inner })
     }

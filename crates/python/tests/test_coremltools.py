@@ -135,3 +135,17 @@ def test_numerics_are_a_choice():
         results[numerics] = convert(program).predict(given)["y"].item()
     # float16 has no 2048.25.
     assert results == {"default": 0.25, "faithful": 0.0}
+
+
+def test_float16_inputs_and_outputs_are_rounded_when_results_are():
+    @mb.program(input_specs=[mb.TensorSpec(shape=(1,), dtype=types.fp16)], opset_version=ct.target.iOS16)
+    def program(x):
+        return mb.mul(x=x, y=np.float16(2.0), name="y")
+
+    given = {"x": np.array([0.1], np.float32)}
+    results = {}
+    for numerics in ("default", "faithful"):
+        candle_coreml.coremltools.configure(numerics=numerics)
+        model = convert(program, minimum_deployment_target=ct.target.iOS16, outputs=[ct.TensorType("y", dtype=np.float16)])
+        results[numerics] = model.predict(given)["y"].item()
+    assert results == {"default": np.float32(0.1) * 2, "faithful": np.float16(0.1) * 2}

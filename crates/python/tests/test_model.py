@@ -165,6 +165,30 @@ def test_a_compiled_model_is_the_model(scale, tmp_path):
     np.testing.assert_array_equal(candle_coreml.Model(target).predict({"x": X})["y"], 2 * X + 1)
 
 
+def test_wide_models_take_and_give_float16_values_as_they_are(tmp_path):
+    @mb.program(input_specs=[mb.TensorSpec(shape=(2,), dtype=types.fp16)], opset_version=ct.target.iOS16)
+    def program(x):
+        return mb.mul(x=x, y=np.float16(3.0), name="y")
+
+    path = save(
+        program,
+        tmp_path,
+        compute_precision=ct.precision.FLOAT16,
+        outputs=[ct.TensorType(name="y", dtype=np.float16)],
+        minimum_deployment_target=ct.target.iOS16,
+    )
+    x = np.array([0.1, 2048.25], np.float32)
+    narrow, wide = candle_coreml.Model(path), candle_coreml.Model(path, wide=True)
+    assert narrow.inputs[0].dtype == narrow.outputs[0].dtype == "float16"
+    assert wide.inputs[0].dtype == wide.outputs[0].dtype == "float32"
+    given = narrow.predict({"x": x})["y"]
+    assert given.dtype == np.float16
+    np.testing.assert_array_equal(given, (x.astype(np.float16).astype(np.float32) * 3).astype(np.float16))
+    given = wide.predict({"x": x})["y"]
+    assert given.dtype == np.float32
+    np.testing.assert_array_equal(given, x * np.float32(3.0))
+
+
 def test_a_small_model_loads_in_a_moment(scale):
     import time
 

@@ -5,16 +5,18 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Copies of two crates of the bindings, changed so that they compile and link off Apple systems. Each edit must change
+/// Copies of three crates of the bindings, changed so that they compile and link off Apple systems. Each edit must change
 /// something: when a new version makes one pointless or impossible, that is said here and not by a linker.
 pub fn bindings() -> Result<()> {
     let target = root().join("target/apple-fake-patched");
-    let core_ml = copy_of("objc2-core-ml", &target)?;
-    edit(
-        &core_ml.join("src/generated/mod.rs"),
-        "#[link(name = \"CoreML\", kind = \"framework\")]",
-        "#[cfg_attr(target_vendor = \"apple\", link(name = \"CoreML\", kind = \"framework\"))]",
-    )?;
+    for (package, framework) in [("objc2-core-ml", "CoreML"), ("objc2-core-video", "CoreVideo")] {
+        let link = format!("link(name = \"{framework}\", kind = \"framework\")");
+        edit(
+            &copy_of(package, &target)?.join("src/generated/mod.rs"),
+            &format!("#[{link}]"),
+            &format!("#[cfg_attr(target_vendor = \"apple\", {link})]"),
+        )?;
+    }
     let objc2 = copy_of("objc2", &target)?;
     let manifest = objc2.join("Cargo.toml");
     // GCC's runtime has no symbols for classes that the linker could find.

@@ -5,7 +5,8 @@ use crate::python::Result;
 /// Where the suite has its tests of single operators.
 pub const OPS: &str = "coremltools/converters/mil/mil/ops/tests";
 const OPSETS: &[&str] = &["iOS14", "iOS15", "iOS16", "iOS17", "iOS18"];
-const BACKEND: &str = "coremltools/converters/mil/backend";
+/// Where it has the tests of the writer of ML Programs.
+pub const BACKEND: &str = "coremltools/converters/mil/backend";
 
 pub const USAGE: &str = "cargo xtask conformance [--full] [--fp32 | --fp16] [--every N] [--part K] [--jobs N] [--resume | --retry] \
                          [--no-torch] [--quick] [--write] [DIRECTORY OR TEST OF coremltools ...]

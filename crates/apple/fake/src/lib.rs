@@ -18,6 +18,7 @@ mod array;
 mod configuration;
 mod description;
 mod model;
+mod pixels;
 mod plan;
 mod provider;
 mod sequence;
@@ -81,9 +82,13 @@ pub enum Behaviour {
     Idle,
     /// Predictions give their inputs.
     Echoes,
+    /// Core Video makes no pixel buffer.
+    NoPixelBuffer,
+    /// Pixel buffers cannot be locked.
+    LockFails,
 }
 
-static SWITCHES: [AtomicBool; 12] = [const { AtomicBool::new(false) }; 12];
+static SWITCHES: [AtomicBool; 14] = [const { AtomicBool::new(false) }; 14];
 
 impl Behaviour {
     /// Plays it until the result is dropped.
@@ -150,5 +155,15 @@ pub fn install() {
     let _ = (
         description::FakeShapes::class(),
         description::FakeStateConstraint::class(),
+    );
+    let _ = (
+        description::FakeImage::class(),
+        description::FakeImageSizes::class(),
+        description::FakeImageSize::class(),
+    );
+    let _ = (
+        description::FakeKeys::class(),
+        description::FakeElements::class(),
+        pixels::FakePixels::class(),
     );
 }

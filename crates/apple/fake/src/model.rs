@@ -4,11 +4,11 @@ use crate::array::FakeArray;
 use crate::configuration::{FakeConfiguration, FakeOptions};
 
 use crate::state::FakeState;
-use crate::value::{FakeValue, Held};
-use crate::{Behaviour, Live, description};
+use crate::value::{FakeValue, Held, counts};
+use crate::{Behaviour, Live, description, pixels};
 use block2::{DynBlock, RcBlock};
 use candle_coreml_apple::{Element, reuse};
-use candle_coreml_mil::{FunctionDescription, Model};
+use candle_coreml_mil::{Feature, FeatureType, FunctionDescription, Model};
 use candle_coreml_portable as portable;
 use half::f16;
 use objc2::rc::{Allocated, Retained};
@@ -16,9 +16,10 @@ use objc2::runtime::{AnyObject, NSObject, ProtocolObject};
 use objc2::{AnyThread, DefinedClass, define_class, msg_send};
 use objc2_core_ml::{
     MLArrayBatchProvider, MLBatchProvider, MLComputeDeviceProtocol, MLDictionaryFeatureProvider,
-    MLFeatureProvider, MLModelConfiguration, MLModelDescription, MLMultiArray, MLPredictionOptions, MLState,
+    MLFeatureProvider, MLFeatureValue, MLModelConfiguration, MLModelDescription, MLMultiArray,
+    MLPredictionOptions, MLState,
 };
-use objc2_foundation::{NSArray, NSDictionary, NSError, NSException, NSString, NSURL};
+use objc2_foundation::{NSArray, NSDictionary, NSError, NSException, NSNumber, NSString, NSURL};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -49,12 +50,12 @@ fn refuse<T>(code: isize, place: *mut *mut NSError) -> Option<T> {
 }
 
 /// Calls a completion handler here or on another thread.
-pub fn complete<T: 'static>(
+pub fn complete<T>(
     handler: &DynBlock<dyn Fn(*mut T, *mut NSError)>,
     result: Option<Retained<T>>,
     code: Option<isize>,
 ) where
-    T: objc2::Message,
+    T: objc2::Message + 'static,
 {
     struct Crossing<T>(RcBlock<dyn Fn(*mut T, *mut NSError)>, Option<Retained<T>>);
     // SAFETY: Given away to the one thread that uses it.
@@ -277,9 +278,7 @@ impl FakeModel {
             let Some(value) = (unsafe { inputs.featureValueForName(&name) }) else {
                 continue;
             };
-            // SAFETY: A plain getter.
-            let value = unsafe { value.multiArrayValue() }.ok_or(Some(1))?;
-            let (shape, data) = array(&value);
+            let (shape, data) = taken(&feature.ty, &value).ok_or(Some(1))?;
             given.push((feature.name.as_str(), shape, data));
         }
         let borrowed: Vec<_> = given
@@ -316,21 +315,33 @@ impl FakeModel {
                 .ok_or(Some(0))?
                 .1
                 .clone();
-            let element = match (&feature.ty, &output.data) {
-                (candle_coreml_mil::FeatureType::MultiArray(a), _) => {
-                    reuse::element(a.dtype).ok_or(Some(1))?
-                }
-                (_, portable::Buffer::I32(_)) => Element::I32,
-                _ => Element::F32,
+            let held = match other(&feature.ty, &output) {
+                Some(held) => held,
+                None => Held::Array(self.filled(options, feature, output)?),
             };
-            let array = self.target(options, &feature.name, element, &output.shape);
-            FakeArray::of(&array).fill(&buffer(output.data, element));
-            values.push((feature.name.as_str(), array));
+            values.push((feature.name.as_str(), held));
         }
         if Behaviour::MissingOutput.is_on() {
             values.pop();
         }
         Ok(provider(values))
+    }
+
+    /// An output that is an array.
+    fn filled(
+        &self,
+        options: Option<&MLPredictionOptions>,
+        feature: &Feature,
+        output: portable::OwnedArray,
+    ) -> Result<Retained<MLMultiArray>, Option<isize>> {
+        let element = match (&feature.ty, &output.data) {
+            (FeatureType::MultiArray(a), _) => reuse::element(a.dtype).ok_or(Some(1))?,
+            (_, portable::Buffer::I32(_)) => Element::I32,
+            _ => Element::F32,
+        };
+        let array = self.target(options, &feature.name, element, &output.shape);
+        FakeArray::of(&array).fill(&buffer(output.data, element));
+        Ok(array)
     }
 
     /// The array an output goes to: its backing, or one of its own.
@@ -366,19 +377,19 @@ impl FakeModel {
             let (element, shape) = reuse::backing(feature).ok_or(Some(0))?;
             Ok((
                 feature.name.as_str(),
-                self.target(options, &feature.name, element, shape),
+                Held::Array(self.target(options, &feature.name, element, shape)),
             ))
         });
         outputs.collect::<Result<Vec<_>, _>>().map(provider)
     }
 }
 
-fn provider(values: Vec<(&str, Retained<MLMultiArray>)>) -> Retained<MLDictionaryFeatureProvider> {
+fn provider(values: Vec<(&str, Held)>) -> Retained<MLDictionaryFeatureProvider> {
     let names: Vec<_> = values.iter().map(|(n, _)| NSString::from_str(n)).collect();
     let names: Vec<&NSString> = names.iter().map(|n| &**n).collect();
     let values: Vec<Retained<AnyObject>> = values
         .into_iter()
-        .map(|(_, array)| FakeValue::made(Held::Array(array)).into())
+        .map(|(_, held)| FakeValue::made(held).into())
         .collect();
     let values = NSDictionary::from_retained_objects(&names, &values);
     // SAFETY: Keys are strings, values are feature values.
@@ -386,6 +397,62 @@ fn provider(values: Vec<(&str, Retained<MLMultiArray>)>) -> Retained<MLDictionar
         MLDictionaryFeatureProvider::initWithDictionary_error(MLDictionaryFeatureProvider::alloc(), &values)
     };
     made.expect("the stand-in takes every dictionary")
+}
+
+/// An input as the portable engine takes it.
+fn taken(ty: &FeatureType, value: &MLFeatureValue) -> Option<(Vec<usize>, Elements)> {
+    Some(match ty {
+        FeatureType::Image(image) => {
+            // SAFETY: A plain getter.
+            let buffer = unsafe { value.imageBufferValue() }?;
+            let (shape, values) = pixels::planes(&buffer, image.color)?;
+            (shape, Elements::F32(values))
+        }
+        // SAFETY: A plain getter.
+        FeatureType::Double => (
+            vec![1],
+            Elements::F32(vec![unsafe { value.doubleValue() } as f32]),
+        ),
+        // SAFETY: A plain getter.
+        FeatureType::Int64 => (
+            vec![1],
+            Elements::I32(vec![unsafe { value.int64Value() }.try_into().ok()?]),
+        ),
+        // SAFETY: A plain getter.
+        _ => array(&*unsafe { value.multiArrayValue() }?),
+    })
+}
+
+/// An output that is no array.
+fn other(ty: &FeatureType, output: &portable::OwnedArray) -> Option<Held> {
+    use portable::{Buffer, Label};
+    Some(match (ty, &output.data) {
+        (FeatureType::Image(image), _) => {
+            Held::Pixels(pixels::buffer(&output.shape, &output.to_f32(), image)?)
+        }
+        (FeatureType::String, Buffer::Strings(texts)) => Held::String(NSString::from_str(texts.first()?)),
+        (FeatureType::Int64, Buffer::I64(v)) => Held::Int64(*v.first()?),
+        (FeatureType::Int64, Buffer::I32(v)) => Held::Int64((*v.first()?).into()),
+        (FeatureType::Double, Buffer::F32(v)) => Held::Double((*v.first()?).into()),
+        (FeatureType::Dictionary { .. }, Buffer::Dictionary(pairs)) => {
+            let numbers: Vec<f64> = pairs.iter().map(|(_, v)| *v).collect();
+            let texts = pairs.iter().map(|(label, _)| match label {
+                Label::Text(text) => Some(NSString::from_str(text)),
+                Label::Number(_) => None,
+            });
+            Held::Dictionary(match texts.collect::<Option<Vec<_>>>() {
+                Some(texts) => counts(&texts, &numbers),
+                None => {
+                    let keys = pairs.iter().filter_map(|(label, _)| match label {
+                        Label::Number(number) => Some(NSNumber::new_i64(*number)),
+                        Label::Text(_) => None,
+                    });
+                    counts(&keys.collect::<Vec<_>>(), &numbers)
+                }
+            })
+        }
+        _ => return None,
+    })
 }
 
 /// Elements in a type the portable engine reads.

@@ -29,7 +29,7 @@ define_class!(
             let mut state = self.ivars().0.borrow_mut();
             let (dtype, shape) = state.describe(&name).expect("Core ML throws for an unknown state");
             let element = reuse::element(dtype).expect("states are multi-arrays");
-            let view = FakeArray::output(element, &shape.to_vec());
+            let view = FakeArray::output(element, shape);
             let now = state.get(&name).expect("it was described");
             FakeArray::of(&view).fill(&buffer(now.data, element));
             handler.call((NonNull::from(&*view),));

@@ -5,7 +5,8 @@ use objc2::rc::Retained;
 use objc2::runtime::{AnyObject, NSObject};
 use objc2::{AnyThread, DefinedClass, define_class, msg_send};
 use objc2_core_ml::{MLFeatureType, MLFeatureValue, MLMultiArray, MLSequence};
-use objc2_foundation::{NSDictionary, NSError, NSNumber, NSString};
+use objc2_core_video::CVPixelBuffer;
+use objc2_foundation::{CopyingHelper, NSCopying, NSDictionary, NSError, NSNumber, NSString};
 
 pub enum Held {
     Array(Retained<MLMultiArray>),
@@ -14,6 +15,7 @@ pub enum Held {
     Double(f64),
     Dictionary(Retained<Counts>),
     Sequence(Retained<MLSequence>),
+    Pixels(Retained<CVPixelBuffer>),
 }
 
 type Counts = NSDictionary<AnyObject, NSNumber>;
@@ -61,6 +63,19 @@ define_class!(
             FakeValue::new(Held::Sequence(retained(value)))
         }
 
+        #[unsafe(method_id(featureValueWithPixelBuffer:))]
+        fn pixels(value: &CVPixelBuffer) -> Retained<Self> {
+            FakeValue::new(Held::Pixels(retained(value)))
+        }
+
+        #[unsafe(method_id(imageBufferValue))]
+        fn pixels_value(&self) -> Option<Retained<CVPixelBuffer>> {
+            match &self.ivars().held {
+                Held::Pixels(buffer) => Some(buffer.clone()),
+                _ => None,
+            }
+        }
+
         #[unsafe(method_id(dictionaryValue))]
         fn dictionary_value(&self) -> Retained<Counts> {
             match &self.ivars().held {
@@ -86,6 +101,7 @@ define_class!(
                 Held::Double(_) => MLFeatureType::Double,
                 Held::Dictionary(_) => MLFeatureType::Dictionary,
                 Held::Sequence(_) => MLFeatureType::Sequence,
+                Held::Pixels(_) => MLFeatureType::Image,
             }
         }
 
@@ -147,4 +163,16 @@ impl FakeValue {
 /// Another reference to an object.
 pub fn retained<T: objc2::Message>(object: &T) -> Retained<T> {
     object.retain()
+}
+
+/// A dictionary of numbers by labels, which are strings or numbers.
+pub fn counts<K>(keys: &[Retained<K>], numbers: &[f64]) -> Retained<Counts>
+where
+    K: objc2::Message + NSCopying + CopyingHelper<Result = K>,
+{
+    let keys: Vec<&K> = keys.iter().map(|k| &**k).collect();
+    let numbers: Vec<_> = numbers.iter().map(|&v| NSNumber::new_f64(v)).collect();
+    let counts: Retained<NSDictionary<K, NSNumber>> = NSDictionary::from_retained_objects(&keys, &numbers);
+    // SAFETY: Keys are objects; only their static type is forgotten.
+    unsafe { Retained::cast_unchecked(counts) }
 }

@@ -9,7 +9,6 @@ mod compile;
 mod describe;
 mod devices;
 mod frame;
-#[cfg(target_vendor = "apple")]
 mod image;
 mod load;
 mod model;

@@ -2,6 +2,7 @@
 
 use super::array;
 use super::call::{core_ml, string};
+use super::image;
 use crate::array::ArrayRef;
 use crate::error::Error;
 use crate::value::{OwnedValue, Value};
@@ -15,7 +16,7 @@ use std::collections::BTreeMap;
 pub(super) fn other(name: &str, value: Value<'_>) -> Result<Retained<MLFeatureValue>, Error> {
     Ok(match value {
         Value::Array(source) => copied(name, source)?,
-        Value::Picture(picture) => image(name, picture)?,
+        Value::Picture(picture) => image::feature_value(name, picture)?,
         // SAFETY: A valid string, which is copied.
         Value::String(text) => unsafe { MLFeatureValue::featureValueWithString(&string(text)) },
         // SAFETY: A plain number.
@@ -93,7 +94,7 @@ pub(super) fn owned(name: &str, value: &MLFeatureValue) -> Result<OwnedValue, Er
             let array = unsafe { value.multiArrayValue() }.ok_or_else(empty)?;
             OwnedValue::Array(array::read(name, &array)?)
         }
-        MLFeatureType::Image => OwnedValue::Picture(picture(name, value)?),
+        MLFeatureType::Image => OwnedValue::Picture(image::picture(name, value)?),
         // SAFETY: The getter of the value's kind.
         MLFeatureType::Dictionary => pairs(name, &*unsafe { value.dictionaryValue() })?,
         MLFeatureType::Sequence => {
@@ -140,21 +141,4 @@ fn pairs(name: &str, counts: &NSDictionary<AnyObject, NSNumber>) -> Result<Owned
         (true, false) => Ok(OwnedValue::Integers(integers)),
         (false, false) => Err(Error::feature(name, "keys of two kinds")),
     }
-}
-
-#[cfg(target_vendor = "apple")]
-use super::image::{feature_value as image, picture};
-
-#[cfg(not(target_vendor = "apple"))]
-fn image(_name: &str, _picture: &crate::value::Picture) -> Result<Retained<MLFeatureValue>, Error> {
-    Err(Error::NotHere {
-        what: "a pixel buffer",
-    })
-}
-
-#[cfg(not(target_vendor = "apple"))]
-fn picture(_name: &str, _value: &MLFeatureValue) -> Result<crate::value::Picture, Error> {
-    Err(Error::NotHere {
-        what: "a pixel buffer",
-    })
 }

@@ -1,17 +1,20 @@
 //! `convert --check`: the packages on the portable engine beside a float32 forward pass of the original.
 
+mod encoder;
+
 use std::io::Write;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use candle_coreml::{CoreMLModel, CoreMLState};
-use candle_coreml_convert::{LanguageModelOptions, Layout, Reference};
+use candle_coreml_convert::{ForwardPass, LanguageModelOptions, Layout, Reference};
 use candle_coreml_llm::{Bundle, LoadOptions, Prediction, Tokenizer};
 use serde_json::json;
 
 use super::args::ConvertArgs;
 use crate::failure::Failure;
 use crate::terminal;
+pub use encoder::run as run_encoder;
 
 /// The text when none is given.
 const TEXT: &str = "The old lighthouse keeper climbed the stairs every evening, as he had done for forty years. From the top he \
@@ -35,6 +38,7 @@ pub struct Fidelity {
 pub fn run(args: &ConvertArgs, folder: &Path, options: &LanguageModelOptions) -> Result<(), Failure> {
     let reference = Reference::open(&args.model)?;
     let tokens = text_tokens(args, &reference.tokenizer()?, options.context)?;
+    let pass = reference.pass(tokens.len());
     let spinner = terminal::spinner("float32 forward pass of the original");
     let reference = reference.logits(&tokens)?;
     spinner.finish_and_clear();
@@ -51,19 +55,23 @@ pub fn run(args: &ConvertArgs, folder: &Path, options: &LanguageModelOptions) ->
         bar.inc(1);
     }
     bar.finish_and_clear();
-    print(args.json, &sums.finish())
+    print(args.json, pass, &sums.finish())
+}
+
+/// The text to compare on.
+fn text(args: &ConvertArgs) -> Result<String, Failure> {
+    match &args.text {
+        Some(path) => {
+            std::fs::read_to_string(path).map_err(|e| Failure::new(format!("{}: {e}", path.display())))
+        }
+        None => Ok(TEXT.to_owned()),
+    }
 }
 
 /// The tokens of the text that is used. `tokenizer` is the content of tokenizer.json.
 pub fn text_tokens(args: &ConvertArgs, tokenizer: &[u8], context: usize) -> Result<Vec<u32>, Failure> {
-    let text = match &args.text {
-        Some(path) => {
-            std::fs::read_to_string(path).map_err(|e| Failure::new(format!("{}: {e}", path.display())))?
-        }
-        None => TEXT.to_owned(),
-    };
     let tokenizer = Tokenizer::parse("tokenizer.json", tokenizer)?;
-    let mut tokens = tokenizer.encode(&text)?;
+    let mut tokens = tokenizer.encode(&text(args)?)?;
     tokens.truncate(args.text_tokens.min(context));
     if tokens.len() < 2 {
         return Err(Failure::usage("the text of the check has fewer than two tokens"));
@@ -186,13 +194,13 @@ pub fn surprise(logits: &[f32], token: usize) -> f64 {
             .map_or(f64::NEG_INFINITY, |&v| f64::from(v - most))
 }
 
-fn print(as_json: bool, f: &Fidelity) -> Result<(), Failure> {
+fn print(as_json: bool, pass: ForwardPass, f: &Fidelity) -> Result<(), Failure> {
     let mut out = terminal::out();
     if as_json {
         let facts = json!({
             "tokens": f.tokens, "tokens_agree": f.agree, "largest_logit_error": f.logit_error.map(|e| e.0),
             "mean_logit_error": f.logit_error.map(|e| e.1), "perplexity_float32": f.perplexity.0,
-            "perplexity": f.perplexity.1,
+            "perplexity": f.perplexity.1, "float32": pass.to_string(),
         });
         writeln!(
             out,
@@ -204,7 +212,7 @@ fn print(as_json: bool, f: &Fidelity) -> Result<(), Failure> {
     let share = 100.0 * f.agree as f64 / f.tokens.max(1) as f64;
     writeln!(
         out,
-        "against a float32 forward pass over {} tokens: the best token is the same at {} ({share:.1} %)",
+        "against a float32 forward pass ({pass}) over {} tokens: the best token is the same at {} ({share:.1} %)",
         f.tokens, f.agree
     )?;
     if let Some((largest, mean)) = f.logit_error {

@@ -1,6 +1,9 @@
 //! Options of `serve`.
 
+use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::Duration;
 
 use candle_coreml_server::Options;
@@ -10,12 +13,12 @@ use crate::args::EngineArgs;
 
 #[derive(Debug, Args)]
 pub struct ServeArgs {
-    /// Language-model folders, or folders of text encoders; NAME=FOLDER serves one under another name.
+    /// Language-model folders, or folders of text encoders, or their names on the hub; NAME=FOLDER serves one under another name.
     #[arg(value_name = "BUNDLE")]
-    pub bundles: Vec<String>,
+    pub bundles: Vec<Named>,
     /// A text encoder, for embeddings. May be given several times.
     #[arg(long, value_name = "FOLDER")]
-    pub embedding: Vec<String>,
+    pub embedding: Vec<Named>,
     /// The address to listen on; 127.0.0.1 is reached from this machine only, 0.0.0.0 from everywhere.
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
     pub host: IpAddr,
@@ -56,6 +59,39 @@ pub struct ServeArgs {
     pub engine: EngineArgs,
 }
 
+/// A model and the name it is served under.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Named {
+    pub name: String,
+    pub path: PathBuf,
+}
+
+impl FromStr for Named {
+    type Err = Infallible;
+
+    /// `NAME=PATH`; or a path, whose last part is the name; or `ORG/NAME` of the hub, which is the name without its revision.
+    fn from_str(given: &str) -> Result<Self, Infallible> {
+        if let Some((name, path)) = given.split_once('=')
+            && !name.is_empty()
+            && !Path::new(given).exists()
+        {
+            return Ok(Named {
+                name: name.to_owned(),
+                path: path.into(),
+            });
+        }
+        let found = Path::new(given).canonicalize().ok();
+        let name = match found.as_deref().and_then(Path::file_stem) {
+            Some(last) => last.to_string_lossy().into_owned(),
+            None => given.split('@').next().unwrap_or(given).to_owned(),
+        };
+        Ok(Named {
+            name,
+            path: given.into(),
+        })
+    }
+}
+
 fn one_or_more() -> clap::builder::RangedU64ValueParser<usize> {
     clap::builder::RangedU64ValueParser::new().range(1..)
 }
@@ -74,5 +110,26 @@ impl ServeArgs {
         options.request_timeout = Duration::from_secs(self.timeout);
         options.grace = Duration::from_secs(self.grace);
         options
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn models_are_named_by_whoever_starts_the_server_or_by_their_folders_or_by_the_hub() {
+        for (given, name, path) in [
+            ("story=../../models/tales", "story", "../../models/tales"),
+            ("../../models/tales", "tales", "../../models/tales"),
+            ("org/name@v2", "org/name", "org/name@v2"),
+            ("small=org/name@v2", "small", "org/name@v2"),
+        ] {
+            let expected = Named {
+                name: name.to_owned(),
+                path: path.into(),
+            };
+            assert_eq!(given.parse(), Ok(expected), "{given}");
+        }
     }
 }

@@ -263,21 +263,24 @@ mod tests {
     }
 
     #[test]
-    fn every_prompt_length_takes_the_fewest_batches() {
-        for (tokens, batches) in [
-            (1, &[][..]),
-            (2, &[0]),
-            (64, &[0]),
-            (65, &[0]),
-            (66, &[0, 64]),
-            (129, &[0, 64]),
-            (256, &[0, 64, 128, 192]),
+    fn every_prompt_length_takes_the_fewest_batches_and_few_tokens_take_none() {
+        for (tokens, batches, single) in [
+            (1, &[][..], &[0][..]),
+            (2, &[], &[0, 1]),
+            (5, &[], &[0, 1, 2, 3, 4]),
+            (6, &[0], &[5]),
+            (64, &[0], &[63]),
+            (65, &[0], &[64]),
+            (66, &[0], &[64, 65]),
+            (70, &[0, 64], &[69]),
+            (129, &[0, 64], &[128]),
+            (256, &[0, 64, 128, 192], &[255]),
         ] {
             let (mut model, calls) = Toy::default().model();
             answer(&mut model, &prompt(tokens));
             for part in ["chunk0", "chunk1"] {
                 assert_eq!(starts(&calls, part, "prefill"), batches, "{tokens} tokens");
-                assert_eq!(starts(&calls, part, "infer"), [tokens - 1], "{tokens} tokens");
+                assert_eq!(starts(&calls, part, "infer"), single, "{tokens} tokens");
             }
         }
     }
@@ -321,7 +324,7 @@ mod tests {
             ..Toy::default()
         }
         .model();
-        answer(&mut model, &prompt(3));
+        answer(&mut model, &prompt(2));
         let order: Vec<Call> = calls.lock().unwrap().clone();
         let parts: Vec<&str> = order.iter().map(|c| c.part.as_str()).collect();
         assert_eq!(

@@ -25,9 +25,9 @@ impl Configs {
             })?),
         };
         Ok(Configs {
-            model: read_json(files, "config.json")?,
-            generation: read_json(files, "generation_config.json")?,
-            tokenizer: read_json(files, "tokenizer_config.json")?,
+            model: files.json("config.json")?,
+            generation: files.json("generation_config.json")?,
+            tokenizer: files.json("tokenizer_config.json")?,
             template_file,
         })
     }
@@ -89,16 +89,6 @@ fn ids(value: &Value) -> Vec<u32> {
     match value {
         Value::Array(items) => items.iter().filter_map(one).collect(),
         other => one(other).into_iter().collect(),
-    }
-}
-
-fn read_json(files: &Files, name: &str) -> Result<Value, Error> {
-    match files.read(name)? {
-        None => Ok(Value::Null),
-        Some(bytes) => serde_json::from_slice(&bytes).map_err(|e| Error::Malformed {
-            file: files.full_name(name),
-            reason: e.to_string(),
-        }),
     }
 }
 

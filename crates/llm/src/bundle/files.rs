@@ -129,6 +129,20 @@ impl Files {
         }
     }
 
+    /// The JSON in `file`; null where there is no such file.
+    ///
+    /// # Errors
+    /// As [`Files::read`]; [`Error::Malformed`] for anything but JSON.
+    pub(crate) fn json(&self, file: &str) -> Result<serde_json::Value, Error> {
+        match self.read(file)? {
+            None => Ok(serde_json::Value::Null),
+            Some(bytes) => serde_json::from_slice(&bytes).map_err(|e| Error::Malformed {
+                file: self.full_name(file),
+                reason: e.to_string(),
+            }),
+        }
+    }
+
     /// The bytes of a file at the top, `None` when it is not there.
     pub(crate) fn read(&self, file: &str) -> Result<Option<Bytes>, Error> {
         match &self.0 {

@@ -31,7 +31,7 @@ pub(super) struct Settings {
 
 impl Settings {
     pub(super) fn read(files: &Files) -> Result<Self, Error> {
-        let modules = match json(files, "modules.json")? {
+        let modules = match files.json("modules.json")? {
             Value::Array(modules) => Some(modules),
             _ => None,
         };
@@ -45,7 +45,7 @@ impl Settings {
             .filter(|module| kind(module).as_deref() == Some("Pooling"))
             .find_map(|module| named(module, "path"));
         let pooling_file = format!("{}/config.json", folder.as_deref().unwrap_or("1_Pooling"));
-        let more = json(files, "config_sentence_transformers.json")?;
+        let more = files.json("config_sentence_transformers.json")?;
         let prompts: BTreeMap<String, String> = match more.get("prompts") {
             Some(Value::Object(prompts)) => prompts
                 .iter()
@@ -56,11 +56,11 @@ impl Settings {
         let default = more.get("default_prompt_name").and_then(Value::as_str);
         let modules: Option<Vec<String>> = modules.map(|m| m.iter().filter_map(kind).collect());
         Ok(Settings {
-            config: json(files, "config.json")?,
-            tokenizer: json(files, "tokenizer_config.json")?,
-            pooling: json(files, &pooling_file)?,
+            config: files.json("config.json")?,
+            tokenizer: files.json("tokenizer_config.json")?,
+            pooling: files.json(&pooling_file)?,
             pooling_file: files.full_name(&pooling_file),
-            sentence: json(files, "sentence_bert_config.json")?,
+            sentence: files.json("sentence_bert_config.json")?,
             default_prompt: default
                 .and_then(|kind| prompts.get(kind))
                 .cloned()
@@ -238,16 +238,6 @@ impl Settings {
             });
         }
         Ok(())
-    }
-}
-
-fn json(files: &Files, name: &str) -> Result<Value, Error> {
-    match files.read(name)? {
-        None => Ok(Value::Null),
-        Some(bytes) => serde_json::from_slice(&bytes).map_err(|e| Error::Malformed {
-            file: files.full_name(name),
-            reason: e.to_string(),
-        }),
     }
 }
 

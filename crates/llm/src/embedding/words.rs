@@ -23,13 +23,7 @@ pub(super) fn read(files: &Files) -> Result<Tokenizer, Error> {
         reason,
     };
     let text = String::from_utf8(vocabulary.to_vec()).map_err(|e| malformed(e.to_string()))?;
-    let config = match files.read("tokenizer_config.json")? {
-        None => Value::Null,
-        Some(bytes) => serde_json::from_slice(&bytes).map_err(|e| Error::Malformed {
-            file: files.full_name("tokenizer_config.json"),
-            reason: e.to_string(),
-        })?,
-    };
+    let config = files.json("tokenizer_config.json")?;
     let json = word_pieces(&text, &config).map_err(malformed)?;
     Tokenizer::parse(&file, json.to_string().as_bytes())
 }

@@ -142,8 +142,15 @@ impl Head {
         match self {
             Head::Logits(names) => {
                 buffer.clear();
-                for name in names {
-                    append(find(part, outputs, name)?, buffer)?;
+                buffer.reserve(vocabulary);
+                for (index, name) in names.iter().enumerate() {
+                    // Packages mostly give their parts in order.
+                    let in_order = outputs.get(index).filter(|(given, _)| given == name);
+                    let tensor = match in_order {
+                        Some((_, tensor)) => tensor,
+                        None => find(part, outputs, name)?,
+                    };
+                    append(tensor, buffer)?;
                 }
                 if buffer.len() < vocabulary {
                     let what = format!("{} logits came, needed: {vocabulary}", buffer.len());

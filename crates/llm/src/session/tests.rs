@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::*;
 use crate::anemll::toy::{Calls, Toy, VOCABULARY};
 use crate::completion::{FinishReason, Step};
+use crate::grammar::Grammar;
 use crate::model::Prediction;
 use crate::options::Shift;
 use crate::sampling::Sampling;
@@ -160,6 +161,50 @@ fn a_stop_string_ends_the_text_before_it_and_is_never_shown() {
     };
     let error = script(&says).generate(&[1], &empty).unwrap_err().to_string();
     assert!(error.starts_with("stop_strings"), "{error}");
+}
+
+#[test]
+fn what_a_grammar_leaves_no_choice_about_is_computed_in_batches() {
+    let say = Grammar::Regex(
+        "the answer of the mouse is the one: (yes|no), and that is the end of the tale".to_string(),
+    );
+    let options = GenerateOptions {
+        grammar: Some(say),
+        ..at_most(100)
+    };
+    let counted = |options: &GenerateOptions| {
+        let (mut session, calls) = session(&Toy::default());
+        let done = run(&mut session, &prompt(3), options);
+        let one_by_one = calls
+            .lock()
+            .unwrap()
+            .iter()
+            .filter(|c| c.function == "infer")
+            .count();
+        (done, one_by_one)
+    };
+    let (fast, few) = counted(&options);
+    // Probabilities are of logits, so that every token is decoded.
+    let slow_options = GenerateOptions {
+        logprobs: Some(0),
+        ..options.clone()
+    };
+    let (slow, many) = counted(&slow_options);
+    assert!(fast.text.starts_with("the answer of the mouse is the one: ") && fast.text.ends_with("the tale"));
+    assert_eq!((&fast.text, &fast.tokens), (&slow.text, &slow.tokens));
+    assert_eq!(fast.fits_grammar, Some(true));
+    assert!(few * 4 < many, "{few} of {many}");
+    for length in [1, 5, 20] {
+        let short = GenerateOptions {
+            max_tokens: length,
+            ..options.clone()
+        };
+        let (cut, _) = counted(&short);
+        assert_eq!(
+            (cut.tokens.as_slice(), cut.finish_reason),
+            (&fast.tokens[..length], FinishReason::Length)
+        );
+    }
 }
 
 #[test]

@@ -14,8 +14,12 @@ use crate::wire::{self, Entry, read_map};
 
 type Result<T> = std::result::Result<T, Problem>;
 
-/// Reads a program. Functions, attributes and arguments, which the protobuf keeps in unordered maps, are sorted by name.
-pub(crate) fn convert(program: wire::Program) -> Result<Program> {
+/// The first specification version whose programs Core ML compiles with bare scalars: that of iOS 18.
+const BARE_SCALARS: i32 = 9;
+
+/// Reads a program; the specification version of its model says in which dialect it is printed. Functions, attributes and
+/// arguments, which the protobuf keeps in unordered maps, are sorted by name.
+pub(crate) fn convert(program: wire::Program, specification_version: i32) -> Result<Program> {
     if program.version != 1 {
         return Err(problem!(
             "program version {}, version 1 is supported",
@@ -26,7 +30,10 @@ pub(crate) fn convert(program: wire::Program) -> Result<Program> {
         function(name, f).map_err(|p| p.within(format!("function {name:?}")))
     })?;
     Ok(Program {
-        version: ProgramVersion::V1_0,
+        version: match specification_version {
+            BARE_SCALARS.. => ProgramVersion::V1_3,
+            _ => ProgramVersion::V1_0,
+        },
         functions: functions.into_iter().map(|(_, f)| f).collect(),
         attributes: attributes(program.attributes)?,
     })

@@ -12,6 +12,7 @@ use crate::ops::broadcast_shape;
 use candle_coreml_kernels::{
     self as kernels, ConvBeside, ConvParams, Epilogue, Operand, PackedConv, Unary, Weights,
 };
+use candle_coreml_mil::DType;
 use smallvec::SmallVec;
 use std::sync::Arc;
 
@@ -507,17 +508,21 @@ fn swap_last(cx: &mut OpCx<'_, '_>, x: ValueId) -> OpResult<ValueId> {
     cx.permute(x, &perm)
 }
 
+/// From iOS 17 on a constant may have another type than the computed value; the result has that of the computed one, which the
+/// program declares. Integers are multiplied as 32-bit floats.
 fn lower_matmul(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
-    let (mut x, mut y) = (cx.value("x")?, cx.value("y")?);
-    if !cx.dtype(x).is_float() {
-        let dtype = cx.dtype(x);
-        x = cx.cast(x, candle_coreml_mil::DType::Fp32)?;
-        y = cx.cast(y, candle_coreml_mil::DType::Fp32)?;
+    let (x, y) = (cx.value("x")?, cx.value("y")?);
+    let (dx, dy) = (cx.dtype(x), cx.dtype(y));
+    if dx == dy && dx.is_float() {
         let z = product(cx, x, y)?;
-        let z = cx.cast(z, dtype)?;
         return cx.result(z);
     }
+    let of_computed = if cx.constant(x).is_some() { dy } else { dx };
+    let dtype = cx.declared(0).map_or(of_computed, |declared| declared.dtype);
+    let x = cx.cast(x, DType::Fp32)?;
+    let y = cx.cast(y, DType::Fp32)?;
     let z = product(cx, x, y)?;
+    let z = cx.cast(z, dtype)?;
     cx.result(z)
 }
 

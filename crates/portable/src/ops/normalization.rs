@@ -12,6 +12,7 @@ use crate::lower::{OpCx, normalize_axis};
 use crate::op::{Args, Op, OpSpec, Support, opt, req};
 use crate::ops::tensor_transformation::sorted_axes;
 use candle_coreml_kernels::{self as kernels, Binary, Unary};
+use candle_coreml_mil::DType;
 use std::sync::Arc;
 
 /// `y = (x - mean) / sqrt(variance + eps) * gamma + beta` over the last `axes` dimensions.
@@ -264,6 +265,11 @@ fn lower_batch_norm(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
             return Err(format!("mean, variance, gamma and beta need {channels} elements").into());
         }
     }
+    // What lies between is no result of the program: only y is rounded to its type.
+    let mean = cx.cast(mean, DType::Fp32)?;
+    let variance = cx.cast(variance, DType::Fp32)?;
+    let mut wide = |p: Option<ValueId>| p.map(|p| cx.cast(p, DType::Fp32)).transpose();
+    let (gamma, beta) = (wide(gamma)?, wide(beta)?);
     // y = x * scale + (beta - mean * scale) with scale = gamma / sqrt(variance + eps); constants fold to two vectors.
     let root = cx.unary(Unary::Rsqrt { eps }, variance)?;
     let scale = match gamma {
@@ -287,8 +293,11 @@ fn lower_batch_norm(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
             let mut wide: Shape = smallvec::smallvec![1; shape.len() - 1];
             wide[0] = channels;
             let (scale, shift) = (cx.reshape(scale, &wide)?, cx.reshape(shift, &wide)?);
+            let dtype = cx.dtype(x);
+            let x = cx.cast(x, DType::Fp32)?;
             let scaled = cx.binary(Binary::Mul, x, scale)?;
-            cx.binary(Binary::Add, scaled, shift)?
+            let y = cx.binary(Binary::Add, scaled, shift)?;
+            cx.cast(y, dtype)?
         }
     };
     cx.result(y)

@@ -53,7 +53,8 @@ fn lower_squeeze(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
     cx.result(y)
 }
 
-/// The shape a `reshape` asks for: 0 keeps the input's dimension, one -1 is whatever is left.
+/// The shape a `reshape` asks for: 0 is the input's dimension at the same place from the right, or 1 where it has none; one -1 is
+/// whatever is left.
 fn wanted_shape(have: &[usize], want: &[i32]) -> OpResult<Shape> {
     let fail = || OpError::new(format!("shape {want:?} does not fit the elements of {have:?}"));
     let mut shape: Shape = SmallVec::new();
@@ -64,7 +65,10 @@ fn wanted_shape(have: &[usize], want: &[i32]) -> OpResult<Shape> {
                 open = Some(i);
                 1
             }
-            0 if elements(have) != 0 => *have.get(i).ok_or_else(fail)?,
+            0 if elements(have) != 0 => {
+                let from_the_right = want.len() - i;
+                have.len().checked_sub(from_the_right).map_or(1, |at| have[at])
+            }
             w => usize::try_from(w).map_err(|_| fail())?,
         });
     }
@@ -636,10 +640,20 @@ mod tests {
 
     #[test]
     fn reshape_keeps_and_infers_dimensions() {
-        assert_eq!(
-            wanted_shape(&[2, 3, 4], &[0, -1]).expect("fits").as_slice(),
-            &[2, 12]
-        );
+        let rows: [(&[usize], &[i32], &[usize]); 5] = [
+            (&[2, 3, 4], &[0, -1, 1], &[2, 12, 1]),
+            (&[2, 3, 4], &[-1, 0], &[6, 4]),
+            (&[2, 3, 4], &[0, 8], &[3, 8]),
+            (&[2, 50], &[1, 0, -1, 0], &[1, 1, 2, 50]),
+            (&[], &[0, 0], &[1, 1]),
+        ];
+        for (have, want, shape) in rows {
+            let found = wanted_shape(have, want).map(|s| s.to_vec());
+            assert!(
+                found.as_ref().is_ok_and(|s| s == shape),
+                "{have:?} {want:?}: {found:?}"
+            );
+        }
         assert!(wanted_shape(&[2, 3], &[4, -1]).is_err());
         assert!(wanted_shape(&[2, 3], &[-1, -1]).is_err());
         assert!(wanted_shape(&[2, 3], &[7]).is_err());

@@ -67,6 +67,7 @@ class Model:
         compute_units: Literal["all", "cpu_only", "cpu_and_gpu", "cpu_and_ne"] = "all",
         engine: Literal["auto", "portable", "apple"] = "auto",
         threads: int = 0,
+        wide: bool = False,
     ) -> Model: ...
     @staticmethod
     def from_memory(
@@ -76,6 +77,7 @@ class Model:
         *,
         numerics: Literal["default", "faithful", "fast"] = "default",
         threads: int = 0,
+        wide: bool = False,
     ) -> Model: ...
     def predict(self, inputs: dict[str, Any], state: State | None = None) -> dict[str, Any]: ...
     def make_state(self) -> State: ...

@@ -64,8 +64,6 @@ _COMPUTE_UNITS = {
 
 def _given(feature, value):
     """A value in the form in which the model takes it: Core ML casts numbers, and takes images in several modes."""
-    if feature is None:
-        return value
     if feature.kind == "multiarray":
         if isinstance(value, (str, bytes, dict)) or hasattr(value, "mode"):
             raise RuntimeError(f"input {feature.name!r} is a multi-array; {type(value).__name__} was given")
@@ -150,6 +148,8 @@ class _MLModelProxy:
         self._compiled = None
         self._predicted = None
         choices = {"numerics": _choices["numerics"], "threads": _choices["threads"]}
+        # coremltools sees float16 as float32 anyway: only where rounding is asked for is it rounded.
+        choices["wide"] = _choices["numerics"] != "faithful"
         if asset is not None and asset.files is not None:
             self._model = _native.Model.from_memory(asset.files, "model.mlmodel", self._function, **choices)
         else:
@@ -164,7 +164,8 @@ class _MLModelProxy:
 
     def predict(self, data, state=None):
         started = time.perf_counter_ns()
-        given = {name: _given(self._inputs.get(name), value) for name, value in data.items()}
+        # Core ML asks for the inputs it has; what else is given is left alone.
+        given = {name: _given(self._inputs[name], value) for name, value in data.items() if name in self._inputs}
         try:
             outputs = self._model.predict(given, None if state is None else state._state)
         except _native.Error as error:

@@ -26,15 +26,23 @@ pub(crate) async fn one(State(app): State<Arc<App>>, Path(id): Path<String>) -> 
 }
 
 fn describe(app: &App, id: &str) -> Value {
-    let context = match app.models.texts.iter().find(|m| m.id == id) {
-        Some(text) => json!(text.context_tokens),
-        None => json!(app.models.encoder(Some(id)).map(|e| e.model.max_tokens()).ok()),
+    // The tasks as the hub names them.
+    let (task, context) = match app.models.texts.iter().find(|m| m.id == id) {
+        Some(text) => ("text-generation", json!(text.context_tokens)),
+        None => {
+            let encoder = app.models.encoder(Some(id));
+            (
+                "feature-extraction",
+                json!(encoder.map(|e| e.model.max_tokens()).ok()),
+            )
+        }
     };
     json!({
         "id": id,
         "object": "model",
         "created": app.created,
         "owned_by": "candle-coreml",
+        "task": task,
         "context_length": context,
     })
 }

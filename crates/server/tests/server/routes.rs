@@ -321,8 +321,8 @@ fn models_health_metrics_and_the_page_are_there() {
     assert_eq!(ids, ["tales", "tools"]);
     let (_, one) = served.get("/v1/models/tales");
     assert_eq!(
-        (&one["object"], &one["context_length"]),
-        (&json!("model"), &json!(512))
+        (&one["object"], &one["task"], &one["context_length"]),
+        (&json!("model"), &json!("text-generation"), &json!(512))
     );
     assert_eq!(served.get("/v1/models/org/none").0, 404);
     assert_eq!(
