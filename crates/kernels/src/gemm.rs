@@ -6,7 +6,7 @@
 
 use crate::loops::Shared;
 use crate::simd::{Isa, Kernel, Simd, dispatch, isa};
-use crate::weights::{Storage, Weights};
+use crate::weights::{Lines, Storage, Weights};
 use std::ops::Range;
 
 /// Steps of `k` handled together: a panel of this depth stays in the first-level cache.
@@ -104,7 +104,20 @@ impl Gemm<'_> {
                     (space.as_ptr(), depth as isize)
                 }
             };
+            let after = match self.rows {
+                Rows::Stored(weights) if start + depth < self.k => {
+                    let next = start + depth;
+                    weights.lines(rows.clone(), next, DEPTH.min(self.k - next))
+                }
+                // Another thread has the rows behind these.
+                Rows::Stored(weights) => {
+                    let far = 2 * rows.len();
+                    weights.lines(rows.start + far..rows.end + far, 0, DEPTH.min(self.k))
+                }
+                _ => Lines::default(),
+            };
             dispatch(Block {
+                after,
                 first,
                 stride,
                 rows: rows.len(),
@@ -122,6 +135,8 @@ impl Gemm<'_> {
 
 /// One step of depth of [`Gemm::block`].
 struct Block<'a> {
+    /// What is read after this step, asked of memory meanwhile.
+    after: Lines,
     first: *const f32,
     stride: isize,
     rows: usize,
@@ -139,6 +154,8 @@ impl Kernel for Block<'_> {
     fn run<S: Simd>(self, s: S) {
         let width = 2 * S::LANES;
         let line = self.panels * width;
+        let tiles = self.panels * self.rows.div_ceil(ROWS);
+        let (each, mut after) = (self.after.len().div_ceil(tiles.max(1)), self.after.each());
         for p in 0..self.panels {
             let panel = &self.panel[p * self.panel_step..][..self.depth * width];
             let mut row = 0;
@@ -160,6 +177,7 @@ impl Kernel for Block<'_> {
                     }
                 }
                 row += count;
+                after.by_ref().take(each).for_each(|at| s.prefetch_later(at));
             }
         }
     }

@@ -93,6 +93,10 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     #[inline(always)]
     fn prefetch(self, _p: *const u8) {}
 
+    /// As [`Simd::prefetch`], to the second cache: for what is needed after the work at hand.
+    #[inline(always)]
+    fn prefetch_later(self, _p: *const u8) {}
+
     #[inline(always)]
     fn zero(self) -> Self::F {
         self.splat(0.0)

@@ -61,6 +61,11 @@ impl Simd for Avx2 {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
     #[inline(always)]
+    fn prefetch_later(self, p: *const u8) {
+        // SAFETY: the token says that the processor has the instruction; no address makes it fail.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
+    }
+    #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
         // SAFETY: the token says that the processor has the instruction.
         unsafe { _mm256_set1_ps(x) }
@@ -268,6 +273,11 @@ impl Simd for Avx512 {
     fn prefetch(self, p: *const u8) {
         // SAFETY: the token says that the processor has the instruction; no address makes it fail.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
+    fn prefetch_later(self, p: *const u8) {
+        // SAFETY: the token says that the processor has the instruction; no address makes it fail.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {

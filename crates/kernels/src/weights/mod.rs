@@ -241,6 +241,23 @@ impl Weights {
         }
     }
 
+    /// Where the part of some rows lies that [`Weights::decode_block`] reads, when it does little besides waiting for it.
+    pub(crate) fn lines(&self, rows: Range<usize>, first: usize, depth: usize) -> Lines {
+        let (Storage::F16(data), true) = (self.storage(), rows.end <= self.rows()) else {
+            return Lines::default();
+        };
+        let step = self.cols() * size_of::<f16>();
+        Lines {
+            first: data
+                .0
+                .as_ptr()
+                .wrapping_add(rows.start * step + first * size_of::<f16>()),
+            step,
+            rows: rows.len(),
+            bytes: depth * size_of::<f16>(),
+        }
+    }
+
     /// Bytes held in memory or mapped, tables included.
     pub fn bytes(&self) -> usize {
         match self.storage() {
@@ -248,6 +265,43 @@ impl Weights {
             Storage::Lut(lut) => lut.bytes(),
             Storage::Affine(affine) => affine.bytes(),
         }
+    }
+}
+
+/// Equal stretches of memory, a step apart.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Lines {
+    first: *const u8,
+    step: usize,
+    rows: usize,
+    bytes: usize,
+}
+
+impl Default for Lines {
+    fn default() -> Self {
+        Lines {
+            first: std::ptr::null(),
+            step: 0,
+            rows: 0,
+            bytes: 0,
+        }
+    }
+}
+
+impl Lines {
+    /// Lines of cache.
+    pub(crate) fn len(&self) -> usize {
+        self.rows * self.bytes.div_ceil(64)
+    }
+
+    /// Walks over the lines of cache.
+    #[inline(always)]
+    pub(crate) fn each(self) -> impl Iterator<Item = *const u8> {
+        (0..self.rows).flat_map(move |row| {
+            (0..self.bytes)
+                .step_by(64)
+                .map(move |at| self.first.wrapping_add(row * self.step + at))
+        })
     }
 }
 
