@@ -168,9 +168,9 @@ impl<'a> Report<'a> {
             "\n{} more tests end before `predict` (skipped, or about conversion alone), and {} make a neural network, which is another \
              format.\n\n*Rounding* counts tests of fp32 that have float16 values inside and compare them at 1e-4, where a unit in the last place \
              of float16 is up to 5e-4 below 1: they compute what they expect from numbers before these are rounded to the float16 of the \
-             program, or round it where the program does not. Their program does not hold the numbers that the expectation is made of, so no \
-             runtime gives it. Some of them differ by no more than a unit in the last place \
-             of float16. Each of the others was run again with random numbers that are multiples of 1/16, which float16 holds, and passed, \
+             program, or round it where the program does not. Their program does not hold the numbers that the expectation is made of. \
+             Which tests these are is told by one of two rules: they differ by no more than a unit in the last place \
+             of float16, which shows nearness and not the cause; or they were run again with random numbers that are multiples of 1/16, which float16 holds, and passed, \
              computed in 32 bits or with every result rounded. *Explained* are tests that fail because their expectation is not what \
              their program says; each is listed below.",
             self.unreached, self.others
