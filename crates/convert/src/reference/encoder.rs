@@ -55,7 +55,7 @@ impl EncoderReference {
         &self.config
     }
 
-    /// The last hidden state after `tokens`, [tokens, hidden].
+    /// The last hidden state after `tokens`, `[tokens, hidden]`.
     ///
     /// # Errors
     /// [`Error::Option`] for none or too many tokens; [`Error::Tensor`] for token ids outside the vocabulary.
@@ -84,7 +84,7 @@ impl EncoderReference {
         hidden.squeeze(0)
     }
 
-    /// The text's vector [hidden] of a last hidden state: pooled as the checkpoint says, or the mean.
+    /// The text's vector, `[hidden]`, of a last hidden state: pooled as the checkpoint says, or the mean.
     ///
     /// # Errors
     /// [`Error::Tensor`] when `hidden` is no matrix.
