@@ -147,12 +147,7 @@ impl Sums {
             Answer::Logits(found) => {
                 for (a, b) in expected.iter().zip(found) {
                     let off = (a - b).abs();
-                    // A NaN is the largest difference there is.
-                    self.largest = if off.is_nan() {
-                        f32::NAN
-                    } else {
-                        self.largest.max(off)
-                    };
+                    self.largest = larger(self.largest, off);
                     self.distance += f64::from(off);
                 }
                 self.logits += found.len() as u64;
@@ -175,6 +170,15 @@ impl Sums {
                 some.then(|| (self.surprise.1 / followed).exp()),
             ),
         }
+    }
+}
+
+/// The larger of two differences; a NaN is the largest there is.
+fn larger(a: f32, b: f32) -> f32 {
+    if a.is_nan() || b.is_nan() {
+        f32::NAN
+    } else {
+        a.max(b)
     }
 }
 
@@ -252,6 +256,14 @@ mod tests {
         assert_eq!(found.logit_error, Some((0.5, 0.0625)));
         assert!((found.perplexity.0 - 4.0).abs() < 1e-9);
         assert!(found.perplexity.1.unwrap() > 4.0);
+    }
+
+    #[test]
+    fn a_nan_is_not_lost() {
+        let mut sums = Sums::default();
+        sums.add(&[0.0, 1.0], &Answer::Logits(vec![f32::NAN, 1.0]), None);
+        sums.add(&[0.0, 1.0], &Answer::Logits(vec![0.0, 1.0]), None);
+        assert!(sums.finish().logit_error.unwrap().0.is_nan());
     }
 
     #[test]

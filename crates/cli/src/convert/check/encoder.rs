@@ -107,21 +107,14 @@ impl Fidelity {
         self.tokens += expected.dim(0)?;
         for (e, f) in values(expected)?.iter().zip(values(found)?) {
             let off = (e - f).abs();
-            // A NaN is the largest difference there is.
-            self.largest = if off.is_nan() {
-                f32::NAN
-            } else {
-                self.largest.max(off)
-            };
+            self.largest = super::larger(self.largest, off);
             self.squares.0 += f64::from(off).powi(2);
             self.squares.1 += f64::from(*e).powi(2);
         }
         let cosine = cosine(&values(text)?, &values(pooled)?);
-        self.cosine = if cosine.is_nan() {
-            cosine
-        } else {
-            self.cosine.min(cosine)
-        };
+        if cosine.is_nan() || cosine < self.cosine {
+            self.cosine = cosine;
+        }
         Ok(())
     }
 
