@@ -65,7 +65,8 @@ const WEIGHTS_ID: &str = "6D1C1C3E-5E3A-4B3B-9C63-0B0D6A2F7A02";
 ///     attributes: vec![],
 ///     body,
 /// };
-/// let program = Program { functions: vec![main], ..Program::default() };
+/// let version = ProgramVersion::V1_3; // that of opset CoreML8
+/// let program = Program { functions: vec![main], version, ..Program::default() };
 /// writer.finish(&program, &Description::from_program(&program))?;
 ///
 /// let model = Model::open(&path)?;

@@ -399,7 +399,7 @@ pub(crate) mod tests {
             let x_sizes: f64 = x.iter().map(|x| f64::from(x.abs())).sum();
             // The bound stated at the top of `fixed`, all magnitudes being below 1, and the rounding of the sums. With a
             // zero point, the sums are those of larger terms.
-            let bound = (sizes + x_sizes) / 32766.0 + 4e-5;
+            let bound = sizes / 32766.0 + x_sizes / 65534.0 + 4e-5;
             assert!(
                 (f64::from(out) - exact).abs() <= bound,
                 "row {r}: {out} is not {exact}"
