@@ -11,6 +11,9 @@ import time
 
 import pytest
 
+# Where tests are started by nohup the signal is ignored, which programs inherit.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 ROOT = pathlib.Path(__file__).resolve().parents[4]
 COMMAND = os.environ.get("CANDLE_COREML", str(ROOT / "target" / "debug" / "candle-coreml"))
 LONGEST_WAIT_S = 30
