@@ -29,6 +29,11 @@ const PROGRAMS: &[&str] = &[
         tensor<fp32, [1, 4, 7]> k = expand_dims(axes = tensor<int32, [1]>([0]), x = h);
         tensor<int32, [1, 4]> m = reduce_argmax(axis = int32(2), keep_dims = bool(false), x = k);
     } -> (m);",
+    "func main<ios17>(tensor<fp32, [1, 1, 2, 2]> x) {
+        tensor<fp32, [1, 2, 5, 4]> a = conv_transpose(x = x, weight = tensor<fp32, [1, 2, 3, 2]>([[[[1, 2], [3, 4], [5, 6]], [[1, 2], [3, 4], [5, 6]]]]),
+            strides = tensor<int32, [2]>([2, 2]), pad_type = string(\"custom\"), pad = tensor<int32, [4]>([0, 0, 0, 0]), dilations = tensor<int32, [2]>([1, 1]), groups = int32(1));
+        tensor<fp32, [1, 2, 5, 4]> b = relu(x = a);
+    } -> (b);",
     "func main<ios18>(tensor<fp16, [1, 2]> x, tensor<int32, [1]> at, state<tensor<fp16, [4, 2]>> cache) {
         tensor<fp16, [2, 2]> w = constexpr_lut_to_dense(indices = tensor<uint2, [2, 2]>([[0, 1], [2, 3]]), lut = tensor<fp16, [1, 1, 4, 1]>([[[[0x1p+0], [0x1p+1], [0x1p-1], [0x1p+2]]]]));
         tensor<fp16, [1, 2]> y = linear(x = x, weight = w);
@@ -132,6 +137,33 @@ fn try_all(text: &str, passes: bool) {
         .collect();
     let mut state = model.make_state();
     let _ = model.predict(&arrays, Some(&mut state));
+}
+
+/// The result is small, so that only the step itself could cost anything.
+#[test]
+fn a_transposed_step_beyond_every_window_costs_nothing() {
+    let conv = |strides: &str, dilations: &str, pad: &str| {
+        format!(
+            "func main<ios17>(tensor<fp32, [1, 1, 1, 1]> x) {{
+        tensor<fp32, [1, 1, 2, 2]> a = conv_transpose(x = x, weight = tensor<fp32, [1, 1, 2, 2]>([[[[1, 2], [3, 4]]]]),
+            strides = tensor<int32, [2]>([{strides}]), pad_type = string(\"custom\"), pad = tensor<int32, [4]>([{pad}]),
+            dilations = tensor<int32, [2]>([{dilations}]), groups = int32(1));
+    }} -> (a);"
+        )
+    };
+    let start = std::time::Instant::now();
+    for (strides, dilations, pad) in [
+        ("2147483647, 2147483647", "1, 1", "0, 0, 0, 0"),
+        (
+            "1, 1",
+            "2147483647, 2147483647",
+            "1073741823, 1073741823, 1073741823, 1073741823",
+        ),
+        ("30000, 30000", "2147483647, 1", "1073741823, 1073741823, 0, 0"),
+    ] {
+        try_all(&conv(strides, dilations, pad), true);
+    }
+    assert!(start.elapsed().as_secs() < 10, "{:?}", start.elapsed());
 }
 
 #[test]

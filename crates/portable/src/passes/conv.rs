@@ -46,26 +46,19 @@ fn residual(r: &mut Rewriter, node: &Node) -> Option<()> {
     let BinaryNode(Binary::Add) = as_op::<BinaryNode>(node)? else {
         return None;
     };
-    let (a, b) = (node.inputs[0], node.inputs[1]);
     let out = r.shape(node.outputs[0]);
-    let why_not = |sum: ValueId, other: ValueId| {
+    let (sum, other) = r.addends("residual of a convolution", node, |sum, other| {
         let (op, n) = r.find::<ConvLast>(sum)?;
         Some(if n.inputs.len() > 1 || op.last.is_some() {
-            "the convolution has a residual already"
+            Err("the convolution has a residual already")
         } else if !r.used_once(sum) || sum == other {
-            "the convolution is read elsewhere too"
+            Err("the convolution is read elsewhere too")
         } else if r.shape(sum) != out || r.shape(other) != out {
-            "the shapes of convolution and residual differ"
+            Err("the shapes of convolution and residual differ")
         } else {
-            ""
+            Ok(())
         })
-    };
-    let (sum, other) = match (why_not(a, b), why_not(b, a)) {
-        (Some(""), _) => (a, b),
-        (_, Some("")) => (b, a),
-        (Some(why), _) | (None, Some(why)) => return r.miss("residual of a convolution", node, why),
-        (None, None) => return None,
-    };
+    })?;
     let (conv, source) = r.find::<ConvLast>(sum)?;
     let (op, x) = (conv.clone(), source.inputs[0]);
     r.replace(node, Arc::new(op), &[x, other]);

@@ -93,26 +93,19 @@ fn residual(r: &mut Rewriter, node: &Node) -> Option<()> {
     let BinaryNode(Binary::Add) = as_op::<BinaryNode>(node)? else {
         return None;
     };
-    let (a, b) = (node.inputs[0], node.inputs[1]);
     let out = r.shape(node.outputs[0]);
-    let why_not = |product: ValueId, other: ValueId| {
+    let (product, other) = r.addends("residual of a product", node, |product, other| {
         let (_, n) = r.find::<Linear>(product)?;
         Some(if n.inputs.len() > 1 {
-            "the product has a residual already"
+            Err("the product has a residual already")
         } else if !r.used_once(product) {
-            "the product is read elsewhere too"
+            Err("the product is read elsewhere too")
         } else if r.shape(product) != out || r.shape(other) != out {
-            "the shapes of product and residual differ"
+            Err("the shapes of product and residual differ")
         } else {
-            ""
+            Ok(())
         })
-    };
-    let (product, other) = match (why_not(a, b), why_not(b, a)) {
-        (Some(""), _) => (a, b),
-        (_, Some("")) => (b, a),
-        (Some(why), _) | (None, Some(why)) => return r.miss("residual of a product", node, why),
-        (None, None) => return None,
-    };
+    })?;
     let (linear, source) = r.find::<Linear>(product)?;
     let (op, x) = (linear.clone(), source.inputs[0]);
     r.replace(node, Arc::new(op), &[x, other]);

@@ -89,6 +89,23 @@ impl Rewriter {
         None
     }
 
+    /// The inputs of a sum, the one that `fits` first. `fits` says nothing of a value that is no beginning of the pattern, and why one
+    /// that is does not fit.
+    pub fn addends(
+        &self,
+        pattern: &'static str,
+        sum: &Node,
+        fits: impl Fn(ValueId, ValueId) -> Option<Result<(), &'static str>>,
+    ) -> Option<(ValueId, ValueId)> {
+        let (a, b) = (sum.inputs[0], sum.inputs[1]);
+        match (fits(a, b), fits(b, a)) {
+            (Some(Ok(())), _) => Some((a, b)),
+            (_, Some(Ok(()))) => Some((b, a)),
+            (Some(Err(why)), _) | (None, Some(Err(why))) => self.miss(pattern, sum, why),
+            (None, None) => None,
+        }
+    }
+
     /// Whether nothing but one node reads the value.
     pub fn used_once(&self, v: ValueId) -> bool {
         self.uses.get(v.0 as usize).copied() == Some(1)

@@ -130,18 +130,27 @@ fn movable(r: &Rewriter, v: ValueId) -> Option<(View, ValueId, Shape)> {
 }
 
 /// Whether something gains from an elementwise operation right behind `x`: what computes it, or what does so behind more views.
-fn worth(r: &Rewriter, x: ValueId) -> bool {
-    let Some(source) = r.producer(x) else {
-        return false;
-    };
-    if let Some(View::Reshape(_) | View::Permute(_)) = as_op::<View>(source) {
-        return r.used_once(x) && worth(r, source.inputs[0]);
+fn worth(r: &Rewriter, mut x: ValueId) -> bool {
+    /// More views than this behind each other are no converter's work.
+    const MOST_VIEWS: usize = 8;
+    for _ in 0..MOST_VIEWS {
+        let Some(source) = r.producer(x) else {
+            return false;
+        };
+        if let Some(View::Reshape(_) | View::Permute(_)) = as_op::<View>(source) {
+            if !r.used_once(x) {
+                return false;
+            }
+            x = source.inputs[0];
+            continue;
+        }
+        return as_op::<Linear>(source).is_some()
+            || as_op::<ConvLast>(source).is_some()
+            || as_op::<PoolLast>(source).is_some()
+            || as_op::<UnaryNode>(source).is_some()
+            || as_op::<BinaryNode>(source).is_some();
     }
-    as_op::<Linear>(source).is_some()
-        || as_op::<ConvLast>(source).is_some()
-        || as_op::<PoolLast>(source).is_some()
-        || as_op::<UnaryNode>(source).is_some()
-        || as_op::<BinaryNode>(source).is_some()
+    false
 }
 
 fn sink_unary(r: &mut Rewriter, node: &Node) -> Option<()> {

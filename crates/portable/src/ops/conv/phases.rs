@@ -81,6 +81,9 @@ fn rearranged(weights: &[f32], [channels, outputs]: [usize; 2], [rows, columns]:
 /// Multiplications the convolution may have for one of the transposed one: phases of different widths share a window.
 const MOST_WASTE: usize = 4;
 
+/// Pairs of a cell and a phase in one dimension. No network has so many; a file may say it has.
+const MOST_PAIRS: usize = 1 << 16;
+
 /// Lowers a transposed convolution of sequences or pictures with constant weights in one group into a value of shape `shape`;
 /// `None` for others, and where windows are much shorter than steps.
 pub(super) fn lower(
@@ -104,12 +107,17 @@ pub(super) fn lower(
     } else {
         (1, shape[2])
     };
+    let phases = params.stride[1].saturating_mul(params.stride[2]);
+    let cells = params.kernel[1] * params.kernel[2];
+    let small = |axis: usize| params.kernel[axis].saturating_mul(params.stride[axis]) <= MOST_PAIRS;
+    if phases > MOST_WASTE * cells || !small(1) || !small(2) {
+        return Ok(None);
+    }
     let (Some(rows), Some(columns)) = (Phases::new(params, 1, height), Phases::new(params, 2, width)) else {
         return Ok(None);
     };
-    let phases = params.stride[1] * params.stride[2];
-    let (cells, taps) = (params.kernel[1] * params.kernel[2], rows.taps * columns.taps);
-    if elements(shape) == 0 || phases * taps > MOST_WASTE * cells {
+    let taps = rows.taps.saturating_mul(columns.taps);
+    if elements(shape) == 0 || phases.saturating_mul(taps) > MOST_WASTE * cells {
         return Ok(None);
     }
     let (channels, outputs) = (weight[0], weight[1]);
