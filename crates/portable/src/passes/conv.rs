@@ -1,7 +1,7 @@
 //! What follows a channels-last convolution, done inside it: activation, residual, and the activation behind that.
 
 use super::rewrite::{Rewriter, as_op, rewrite};
-use crate::graph::{Graph, Node, ValueId};
+use crate::graph::{Graph, Node};
 use crate::ops::conv::ConvLast;
 use crate::ops::elementwise_binary::BinaryNode;
 use crate::ops::elementwise_unary::UnaryNode;
