@@ -269,23 +269,12 @@ impl Weights {
 }
 
 /// Equal stretches of memory, a step apart.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Lines {
     first: *const u8,
     step: usize,
     rows: usize,
     bytes: usize,
-}
-
-impl Default for Lines {
-    fn default() -> Self {
-        Lines {
-            first: std::ptr::null(),
-            step: 0,
-            rows: 0,
-            bytes: 0,
-        }
-    }
 }
 
 impl Lines {
