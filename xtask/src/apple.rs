@@ -202,7 +202,7 @@ fn cross(command: &str, target: &str, more: &[&str]) -> Result<()> {
     cargo
         .current_dir(root())
         .env("CARGO", "/usr/bin/cargo")
-        .env("PATH", "/usr/bin:/bin")
+        .env("PATH", format!("{}/bin:/usr/bin:/bin", sdk.display()))
         .args([command, "-Zbuild-std=std", "--target", target])
         .args(["--workspace", "--exclude", "xtask", "--locked"])
         .args(UNOPTIMISED.iter().flat_map(|setting| ["--config", setting]))

@@ -339,7 +339,16 @@ pub(crate) mod tests {
         Tokenizer::parse("tokenizer.json", bytes_tokenizer_json().as_bytes()).unwrap()
     }
 
+    /// The same with more special tokens, from id 261 on.
+    pub(crate) fn tokenizer_with(special: &[&str]) -> Tokenizer {
+        Tokenizer::parse("tokenizer.json", bytes_json(special).as_bytes()).unwrap()
+    }
+
     pub(crate) fn bytes_tokenizer_json() -> String {
+        bytes_json(&[])
+    }
+
+    fn bytes_json(more: &[&str]) -> String {
         let mut vocab = serde_json::Map::new();
         for byte in 0..=255u8 {
             vocab.insert(byte_symbol(byte).to_string(), byte.into());
@@ -347,10 +356,14 @@ pub(crate) mod tests {
         for (id, token) in [(256, "Ġthe"), (257, "Ġt"), (258, "he")] {
             vocab.insert(token.to_owned(), id.into());
         }
-        let added = [(259, "<end>"), (260, "<turn>")].map(|(id, content)| {
-            serde_json::json!({"id": id, "content": content, "single_word": false, "lstrip": false,
-                "rstrip": false, "normalized": false, "special": true})
-        });
+        let special = ["<end>", "<turn>"].iter().chain(more);
+        let added: Vec<serde_json::Value> = (259..)
+            .zip(special)
+            .map(|(id, content)| {
+                serde_json::json!({"id": id, "content": content, "single_word": false, "lstrip": false,
+                    "rstrip": false, "normalized": false, "special": true})
+            })
+            .collect();
         serde_json::json!({
             "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": null,
             "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},

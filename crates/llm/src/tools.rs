@@ -5,6 +5,8 @@
 //! says with the prompt which form of calls to look for; generated with that, pieces and completions carry
 //! [`ToolCall`]s and their text does not show them. Answer with a message of role `tool` and go on.
 
+mod grammar;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};

@@ -26,6 +26,13 @@ pub fn link_flags(folder: &Path) -> Vec<String> {
 /// lld under the name by which it links Mach-O files, which Debian gives with a version only.
 const LINKER: &str = "bin/ld64.lld";
 
+/// Programs under the names by which they are called, and Debian's. The compiler strips what is linked by the second one, which its
+/// package has not.
+const PROGRAMS: &[(&str, &str)] = &[
+    (LINKER, "/usr/bin/lld"),
+    ("bin/rust-objcopy", "/usr/bin/llvm-objcopy"),
+];
+
 const LIBRARIES: &[(&str, &str)] = &[
     ("libSystem", "/usr/lib/libSystem.B.dylib"),
     ("libc", "/usr/lib/libSystem.B.dylib"),
@@ -61,16 +68,13 @@ pub fn write(folder: &Path) -> Result<PathBuf> {
         let inside = format!("System/Library/Frameworks/{name}.framework/{name}");
         stub(&folder.join(format!("{inside}.tbd")), &format!("/{inside}"))?;
     }
-    let linker = folder.join(LINKER);
-    fs::create_dir_all(folder.join("bin"))
-        .and_then(|()| {
-            if linker.is_symlink() {
-                Ok(())
-            } else {
-                symlink("/usr/bin/lld", &linker)
-            }
-        })
-        .map_err(|e| format!("{}: {e}", linker.display()))?;
+    fs::create_dir_all(folder.join("bin")).map_err(|e| format!("{}: {e}", folder.display()))?;
+    for (name, program) in PROGRAMS {
+        let link = folder.join(name);
+        if !link.is_symlink() {
+            symlink(program, &link).map_err(|e| format!("{}: {e}", link.display()))?;
+        }
+    }
     Ok(folder.to_path_buf())
 }
 

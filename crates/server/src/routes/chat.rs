@@ -154,7 +154,7 @@ async fn prepare(
     let (template, tokenizer) = (Arc::clone(template), Arc::clone(&model.tokenizer));
     let messages = known_roles(more.messages);
     let (ids, format) = aside(move || encode(&template, &tokenizer, &messages, &template_options)).await?;
-    if let Some(grammar) = choice.grammar(&tools, format.tools)? {
+    if let Some(grammar) = choice.grammar(&tools, format.tools, &model.tokenizer) {
         options.grammar = Some(grammar);
     }
     options.format = format;

@@ -1,6 +1,6 @@
 //! Tools of a request, and grammars that have one of them called.
 
-use candle_coreml_llm::{Grammar, ToolFormat};
+use candle_coreml_llm::{Grammar, Tokenizer, ToolFormat};
 use serde_json::{Value, json};
 
 use crate::refusal::Refusal;
@@ -88,47 +88,26 @@ impl Choice {
     }
 
     /// What the answer must be where a call is a must.
-    pub fn grammar(&self, tools: &[Tool], format: Option<ToolFormat>) -> Result<Option<Grammar>, Refusal> {
-        let callable: Vec<&Tool> = match self {
-            Choice::None | Choice::Auto => return Ok(None),
-            Choice::Any => tools.iter().collect(),
-            Choice::One(name) => tools.iter().filter(|tool| tool.name == *name).collect(),
+    pub fn grammar(
+        &self,
+        tools: &[Tool],
+        format: Option<ToolFormat>,
+        tokenizer: &Tokenizer,
+    ) -> Option<Grammar> {
+        let callable = |tool: &&Tool| match self {
+            Choice::None | Choice::Auto => false,
+            Choice::Any => true,
+            Choice::One(name) => tool.name == *name,
         };
-        let schema = |arguments: &str| {
-            let each = |tool: &&Tool| {
-                json!({
-                    "type": "object",
-                    "properties": {"name": {"const": tool.name}, arguments: tool.parameters},
-                    "required": ["name", arguments],
-                    "additionalProperties": false,
-                })
-            };
-            let mut calls: Vec<Value> = callable.iter().map(each).collect();
-            if calls.len() == 1 {
-                calls.swap_remove(0)
-            } else {
-                json!({"anyOf": calls})
-            }
-        };
-        match format {
-            Some(ToolFormat::Tagged) => {
-                let mut call = schema("arguments");
-                // As templates write calls; with blanks at will a model may get lost in them.
-                call["x-guidance"] = json!({
-                    "whitespace_flexible": false,
-                    "item_separator": ", ",
-                    "key_separator": ": ",
-                });
-                Ok(Some(Grammar::Lark(format!(
-                    "start: \"<tool_call>\\n\" call \"\\n</tool_call>\"\ncall: %json {call}\n"
-                ))))
-            }
-            Some(ToolFormat::Json) => Ok(Some(Grammar::JsonSchema(schema("parameters")))),
-            _ => Err(Refusal::unsupported(
-                "tool_choice",
-                "this model's form of calls cannot be made a must; give \"auto\"",
-            )),
+        let callable: Vec<(&str, &Value)> = tools
+            .iter()
+            .filter(callable)
+            .map(|tool| (tool.name.as_str(), &tool.parameters))
+            .collect();
+        if callable.is_empty() {
+            return None;
         }
+        Some(format?.grammar(&callable, tokenizer))
     }
 }
 
