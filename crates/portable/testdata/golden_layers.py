@@ -39,6 +39,11 @@ def linear(f):
     f.case(
         "matmul", {"x": In(f.integers(-5, 5, 2, 3)), "y": In(f.integers(-5, 5, 3, 4))}, matmul, "integers"
     )
+    # 32-bit floats hold integers up to 2^24.
+    large, small = f.integers(-(2**28), 2**28, 3, 2, 3), f.integers(-3, 3, 4, 3)
+    f.case("matmul", {"x": In(large), "y": In(small.T)}, matmul, "large integers")
+    f.case("matmul", {"x": In(large), "y": small, "transpose_y": True}, matmul, "large integers, constant")
+    f.case("linear", {"x": In(large), "weight": small, "bias": f.integers(-9, 9, 4)}, apply, "large integers")
     equations = {
         "nchw,nwhu->nchu": ((2, 3, 4, 5), (2, 5, 4, 6)),
         "chw,whr->chr": ((3, 4, 5), (5, 4, 6)),

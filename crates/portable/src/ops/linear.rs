@@ -1,6 +1,7 @@
 //! Matrix products. Source: coremltools 9.0, `mil/ops/defs/iOS15/linear.py`, iOS17.
 
 mod einsum;
+mod integers;
 
 use crate::constant::{Const, ConstData};
 use crate::error::OpResult;
@@ -404,7 +405,9 @@ impl OpCx<'_, '_> {
             Some(b) => self.constant(b).map(|c| Some(c.dense())),
             None => Some(None),
         };
-        if let (Some(bias), Some(weights)) = (constant_bias, self.weights(w, n, k)?) {
+        if dtype.is_float()
+            && let (Some(bias), Some(weights)) = (constant_bias, self.weights(w, n, k)?)
+        {
             let bias = bias.filter(|b| b.iter().any(|&v| v != 0.0));
             let rows = elements(&shape[..shape.len() - 1]);
             let packed = self.packed_linear(w, (n, k), rows)?;
@@ -459,7 +462,11 @@ impl OpCx<'_, '_> {
         let mut shape = broadcast_shape(&a[..a.len() - 2], &b[..b.len() - 2])?;
         shape.extend_from_slice(&[*m, *n]);
         let dtype = self.dtype(x);
-        self.emit(MatMul, &[x, y], dtype, &shape)
+        if dtype.is_float() {
+            self.emit(MatMul, &[x, y], dtype, &shape)
+        } else {
+            self.emit(integers::IntegerMatMul, &[x, y], dtype, &shape)
+        }
     }
 
     fn matmul_vector(&mut self, x: ValueId, y: ValueId) -> OpResult<ValueId> {
@@ -509,18 +516,23 @@ fn swap_last(cx: &mut OpCx<'_, '_>, x: ValueId) -> OpResult<ValueId> {
 }
 
 /// From iOS 17 on a constant may have another type than the computed value; the result has that of the computed one, which the
-/// program declares. Integers are multiplied as 32-bit floats.
+/// program declares. Integers among themselves are multiplied as such, beside floats as floats.
 fn lower_matmul(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
     let (x, y) = (cx.value("x")?, cx.value("y")?);
     let (dx, dy) = (cx.dtype(x), cx.dtype(y));
-    if dx == dy && dx.is_float() {
+    if dx == dy && (dx.is_float() || dx == DType::Int32) {
         let z = product(cx, x, y)?;
         return cx.result(z);
     }
     let of_computed = if cx.constant(x).is_some() { dy } else { dx };
     let dtype = cx.declared(0).map_or(of_computed, |declared| declared.dtype);
-    let x = cx.cast(x, DType::Fp32)?;
-    let y = cx.cast(y, DType::Fp32)?;
+    let computed = if dx.is_float() || dy.is_float() {
+        DType::Fp32
+    } else {
+        DType::Int32
+    };
+    let x = cx.cast(x, computed)?;
+    let y = cx.cast(y, computed)?;
     let z = product(cx, x, y)?;
     let z = cx.cast(z, dtype)?;
     cx.result(z)
