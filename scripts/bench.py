@@ -345,10 +345,9 @@ def main():
     only, names = arguments.only.split(","), arguments.models.split(",")
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    # All at once: apart, each choice of crates would compile what they stand on anew.
-    crates = [word for crate in ("-cli", "-llm", "-kernels", "") for word in ("-p", f"candle-coreml{crate}")]
+    # With the features of the whole workspace, as its other commands: each choice of crates would compile what they stand on anew.
     examples = [word for name in ("timed", "timed_tokens", "bandwidth") for word in ("--example", name)]
-    run("cargo", "build", "--release", "--quiet", *crates, "--bins", *examples, cwd=ROOT)
+    run("cargo", "build", "--release", "--locked", "--quiet", "--workspace", "--bins", *examples, cwd=ROOT)
     rows, details, tables, notes = [], [], [], []
     folder = work / "networks"
     if "networks" in only or "growth" in only:

@@ -6,21 +6,29 @@ use std::time::Instant;
 
 /// Far beyond every cache.
 const BYTES: usize = 1 << 30;
-const CHUNK: usize = 1 << 16;
+/// Numbers a thread takes at once: 8 megabytes.
+const CHUNK: usize = 1 << 20;
+/// Parts of a chunk that are read side by side: a processor waits for a few lines of one stream at a time.
+const STREAMS: usize = 4;
+/// Numbers in a line of the cache.
+const LINE: usize = 8;
 
 fn main() {
     let threads = std::env::args().nth(1).and_then(|t| t.parse().ok()).unwrap_or(2);
     let pool = Pool::new(threads);
-    let numbers = vec![1u64; BYTES / 8];
+    let numbers = vec![1u64; BYTES / size_of::<u64>()];
     for _ in 0..8 {
         let start = Instant::now();
         pool.run(numbers.len() / CHUNK, &|chunk| {
-            let part = &numbers[chunk * CHUNK..(chunk + 1) * CHUNK];
-            // Eight sums, so that no addition waits for the one before.
-            let mut sums = [0u64; 8];
-            for eight in part.chunks_exact(8) {
-                for (sum, n) in sums.iter_mut().zip(eight) {
-                    *sum = sum.wrapping_add(*n);
+            let (parts, _) = numbers[chunk * CHUNK..(chunk + 1) * CHUNK].as_chunks::<{ CHUNK / STREAMS }>();
+            let lines: [&[[u64; LINE]]; STREAMS] = std::array::from_fn(|i| parts[i].as_chunks().0);
+            // A sum for each number of a line, so that no addition waits for the one before.
+            let mut sums = [[0u64; LINE]; STREAMS];
+            for at in 0..CHUNK / STREAMS / LINE {
+                for (sums, lines) in sums.iter_mut().zip(lines) {
+                    for (sum, n) in sums.iter_mut().zip(lines[at]) {
+                        *sum = sum.wrapping_add(n);
+                    }
                 }
             }
             black_box(sums);

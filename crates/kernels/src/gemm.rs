@@ -12,6 +12,9 @@ use std::ops::Range;
 /// Steps of `k` handled together: a panel of this depth stays in the first-level cache.
 const DEPTH: usize = 256;
 
+/// Side of the squares that are turned in registers; panels are a multiple of it wide.
+pub(crate) const SQUARE: usize = 8;
+
 /// Rows of the innermost kernel.
 const ROWS: usize = 6;
 
@@ -58,6 +61,13 @@ pub(crate) struct Gemm<'a> {
     pub panels: &'a [f32],
     pub k: usize,
     pub rows: Rows<'a>,
+    /// What is read after this product, asked of memory meanwhile.
+    pub then: Lines,
+}
+
+/// What [`Gemm::block`] reads first of `rows`.
+pub(crate) fn opening(weights: &Weights, rows: Range<usize>) -> Lines {
+    weights.lines(rows, 0, DEPTH.min(weights.cols()))
 }
 
 /// Elements of working memory that [`Gemm::block`] needs for `rows` rows.
@@ -109,11 +119,7 @@ impl Gemm<'_> {
                     let next = start + depth;
                     weights.lines(rows.clone(), next, DEPTH.min(self.k - next))
                 }
-                // Another thread has the rows behind these.
-                Rows::Stored(weights) => {
-                    let far = 2 * rows.len();
-                    weights.lines(rows.start + far..rows.end + far, 0, DEPTH.min(self.k))
-                }
+                _ if start + depth == self.k => self.then,
                 _ => Lines::default(),
             };
             dispatch(Block {
@@ -155,7 +161,7 @@ impl Kernel for Block<'_> {
         let width = 2 * S::LANES;
         let line = self.panels * width;
         let tiles = self.panels * self.rows.div_ceil(ROWS);
-        let (each, mut after) = (self.after.len().div_ceil(tiles.max(1)), self.after.each());
+        let (each, mut after) = (self.after.len().div_ceil(tiles.max(1)), self.after.walk());
         for p in 0..self.panels {
             let panel = &self.panel[p * self.panel_step..][..self.depth * width];
             let mut row = 0;
@@ -177,7 +183,9 @@ impl Kernel for Block<'_> {
                     }
                 }
                 row += count;
-                after.by_ref().take(each).for_each(|at| s.prefetch_later(at));
+                for _ in 0..each {
+                    s.prefetch_later(after.step());
+                }
             }
         }
     }
@@ -271,8 +279,14 @@ pub(crate) unsafe fn pack_panels(
         let count = width.min(lanes.saturating_sub(first));
         if steps[1] == 1 && count == width {
             let from = x.at(first as isize * steps[0]);
-            // SAFETY: `width` lanes of `k` elements, the caller's.
-            unsafe { transpose(from, steps[0], width, k, panel) };
+            // `width` lanes of `k` elements, as the caller says.
+            dispatch(Transpose {
+                x: from,
+                stride: steps[0],
+                lanes: width,
+                k,
+                panel,
+            });
             continue;
         }
         for (j, line) in panel.chunks_exact_mut(width).enumerate() {
@@ -292,37 +306,40 @@ pub(crate) unsafe fn pack_panels(
 }
 
 /// `panel[j][lane] = x[lane][j]` for `lanes` dense rows of `k` elements, `stride` apart.
-///
-/// # Safety
-/// The rows are readable.
-unsafe fn transpose(x: *const f32, stride: isize, lanes: usize, k: usize, panel: &mut [f32]) {
-    /// Square that is read and written while it is in registers.
-    const SIDE: usize = 8;
-    assert!(
-        panel.len() >= lanes * k && lanes.is_multiple_of(SIDE),
-        "gemm: panel"
-    );
-    let whole = k / SIDE * SIDE;
-    for j in (0..whole).step_by(SIDE) {
-        for lane in (0..lanes).step_by(SIDE) {
-            let mut square = [[0.0_f32; SIDE]; SIDE];
-            for (r, row) in square.iter_mut().enumerate() {
-                let from = x.wrapping_offset((lane + r) as isize * stride).wrapping_add(j);
-                // SAFETY: `j + SIDE` is not past `k`.
-                *row = unsafe { from.cast::<[f32; SIDE]>().read_unaligned() };
-            }
-            for c in 0..SIDE {
-                let line: &mut [f32] = &mut panel[(j + c) * lanes + lane..][..SIDE];
-                for (r, value) in line.iter_mut().enumerate() {
-                    *value = square[r][c];
-                }
+struct Transpose<'a> {
+    x: *const f32,
+    stride: isize,
+    lanes: usize,
+    k: usize,
+    panel: &'a mut [f32],
+}
+
+impl Kernel for Transpose<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (lanes, k) = (self.lanes, self.k);
+        assert!(
+            self.panel.len() >= lanes * k && lanes.is_multiple_of(SQUARE),
+            "gemm: panel"
+        );
+        let whole = k / SQUARE * SQUARE;
+        for j in (0..whole).step_by(SQUARE) {
+            for lane in (0..lanes).step_by(SQUARE) {
+                let from = self
+                    .x
+                    .wrapping_offset(lane as isize * self.stride)
+                    .wrapping_add(j);
+                let to = self.panel[j * lanes + lane..].as_mut_ptr();
+                // SAFETY: the rows are readable (where the kernel was made) up to `k`, and the panel holds `k` lines.
+                unsafe { s.turn(from, self.stride, to, lanes as isize) };
             }
         }
-    }
-    for j in whole..k {
-        for (lane, value) in panel[j * lanes..][..lanes].iter_mut().enumerate() {
-            // SAFETY: inside the row.
-            *value = unsafe { *x.wrapping_offset(lane as isize * stride + j as isize) };
+        for j in whole..k {
+            for (lane, value) in self.panel[j * lanes..][..lanes].iter_mut().enumerate() {
+                // SAFETY: inside the row.
+                *value = unsafe { *self.x.wrapping_offset(lane as isize * self.stride + j as isize) };
+            }
         }
     }
 }
@@ -371,6 +388,7 @@ mod tests {
                     panels: &panels,
                     k,
                     rows,
+                    then: Lines::default(),
                 }
                 .block(0..n, 0..count, &mut c, &mut space)
             };

@@ -3,20 +3,21 @@
 //! Few tokens go vector by vector, reading the weights as stored; more go through the blocked product in `gemm`.
 
 use crate::elementwise::{Unary, apply_slice};
-use crate::gemm::{Gemm, Rows, block_space, pack_panels, panel_width};
+use crate::gemm::{Gemm, Rows, SQUARE, block_space, opening, pack_panels, panel_width};
 use crate::loops::Shared;
 use crate::matvec::{self, Prepared};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
+use crate::simd::{Kernel, Simd, dispatch};
 use crate::strided::{View, ViewMut};
-use crate::weights::Weights;
+use crate::weights::{Lines, Weights};
 use std::ops::Range;
 
 /// Up to this many tokens are multiplied one by one.
 const FEW_TOKENS: usize = 4;
 
 /// Rows handled between two looks at the output.
-const ROW_BLOCK: usize = 64;
+const ROW_BLOCK: usize = 256;
 
 /// Weight bytes a thread should read before a second one is worth waking.
 const CHUNK_BYTES: usize = 16 * 1024;
@@ -337,29 +338,32 @@ fn many(pool: &Pool, x: View<'_, f32>, layers: &[Layer<'_>], scratch: &mut Scrat
         chunks += layer.w.rows().div_ceil(GEMM_ROWS) * token_blocks;
         *end = chunks;
     }
-    pool.run_indexed(chunks, &|worker, chunk| {
-        let which = ends
-            .iter()
-            .position(|end| chunk < *end)
-            .expect("chunks were counted over the layers");
+    let part = |chunk: usize| {
+        let which = ends.iter().position(|end| chunk < *end)?;
         let layer = &layers[which];
         let chunk = chunk - if which == 0 { 0 } else { ends[which - 1] };
         let first = chunk / token_blocks * GEMM_ROWS;
         let rows = first..(first + GEMM_ROWS).min(layer.w.rows());
         let start = chunk % token_blocks * panels_each;
-        let range = start..(start + panels_each).min(panels);
+        Some((layer, rows, start..(start + panels_each).min(panels)))
+    };
+    pool.run_indexed(chunks, &|worker, chunk| {
+        let (layer, rows, range) = part(chunk).expect("chunks were counted over the layers");
+        // The other threads have those in between.
+        let then =
+            part(chunk + pool.threads()).map_or(Lines::default(), |(next, rows, _)| opening(next.w, rows));
         // SAFETY: each worker has its own part of `work`.
         let work = unsafe { std::slice::from_raw_parts_mut(work.at((worker * each) as isize), each) };
-        many_rows(layer, packed, (m, k), rows, range, work);
+        many_rows(layer, packed, (m, k), (rows, then), range, work);
     });
 }
 
-/// Rows `rows` of a layer for the tokens of panels `panels`, which are this thread's.
+/// Rows `rows` of a layer for the tokens of panels `panels`, which are this thread's; `then` is what it reads after them.
 fn many_rows(
     layer: &Layer<'_>,
     packed: &[f32],
     (m, k): (usize, usize),
-    rows: Range<usize>,
+    (rows, then): (Range<usize>, Lines),
     panels: Range<usize>,
     work: &mut [f32],
 ) {
@@ -375,6 +379,7 @@ fn many_rows(
             panels: packed,
             k,
             rows: Rows::of(layer.w),
+            then: layer.up.map_or(then, |up| opening(up, rows.clone())),
         }
         .block(rows.clone(), panels.clone(), sums, space)
     };
@@ -388,6 +393,7 @@ fn many_rows(
                 panels: packed,
                 k,
                 rows: Rows::of(up),
+                then,
             }
             .block(rows.clone(), panels, ups, space)
         };
@@ -398,40 +404,86 @@ fn many_rows(
             .for_each(|(sum, up)| *sum *= up);
     }
     // Results are `[row][token]`. Rows go out as they are when tokens lie side by side, else by small squares.
-    if layer.steps[0] == 1 && layer.residual.is_none() {
+    if layer.steps[0] == 1 && layer.residual.is_none_or(|(_, steps)| steps[0] == 1) {
         for (row, sums) in rows.zip(sums.chunks_exact(line)) {
             let to = layer.y.at(first as isize + row as isize * layer.steps[1]);
-            // SAFETY: inside the output; these rows and tokens belong to this thread.
-            unsafe { std::slice::from_raw_parts_mut(to, count) }.copy_from_slice(&sums[..count]);
+            let Some((residual, steps)) = layer.residual else {
+                // SAFETY: inside the output; these rows and tokens belong to this thread.
+                unsafe { std::slice::from_raw_parts_mut(to, count) }.copy_from_slice(&sums[..count]);
+                continue;
+            };
+            let from = residual.at(first as isize + row as isize * steps[1]);
+            for (i, sum) in sums[..count].iter().enumerate() {
+                // SAFETY: as above; the residual has the shape of the output, in whose place it may lie.
+                unsafe { *to.wrapping_add(i) = sum + *from.wrapping_add(i) };
+            }
         }
         return;
     }
-    let mut square = [[0.0; SQUARE]; SQUARE];
-    for row in (0..rows.len()).step_by(SQUARE) {
-        let high = SQUARE.min(rows.len() - row);
-        for token in (0..count).step_by(SQUARE) {
-            for r in 0..high {
-                let sums = &sums[(row + r) * line + token..][..SQUARE];
-                for (t, sum) in sums.iter().enumerate() {
-                    square[t][r] = *sum;
+    dispatch(Turned {
+        layer,
+        sums,
+        line,
+        rows,
+        tokens: first..first + count,
+    });
+}
+
+/// Stores sums `[row][token]` by squares that are turned in registers.
+struct Turned<'a> {
+    layer: &'a Layer<'a>,
+    sums: &'a [f32],
+    /// Tokens of a row, those behind the last included.
+    line: usize,
+    rows: Range<usize>,
+    tokens: Range<usize>,
+}
+
+impl Kernel for Turned<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (layer, line, count) = (self.layer, self.line, self.tokens.len());
+        assert!(
+            line.is_multiple_of(SQUARE) && self.sums.len() >= self.rows.len() * line,
+            "linear: sums"
+        );
+        let dense = layer.steps[1] == 1 && layer.residual.is_none_or(|(_, steps)| steps[1] == 1);
+        let mut square = [[0.0; SQUARE]; SQUARE];
+        for row in (0..self.rows.len()).step_by(SQUARE) {
+            let high = SQUARE.min(self.rows.len() - row);
+            for token in (0..count).step_by(SQUARE) {
+                let from = self.sums[row * line + token..].as_ptr();
+                if high == SQUARE {
+                    // SAFETY: eight rows of `line` sums, and eight of them from `token` on: `line` is a multiple of eight.
+                    unsafe { s.turn(from, line as isize, square.as_mut_ptr().cast(), SQUARE as isize) };
+                } else {
+                    for r in 0..high {
+                        for (t, sum) in self.sums[(row + r) * line + token..][..SQUARE].iter().enumerate() {
+                            square[t][r] = *sum;
+                        }
+                    }
                 }
-            }
-            for (t, square) in square.iter().enumerate().take(count - token) {
-                // SAFETY: as above.
-                unsafe {
-                    layer.store_token(
-                        first + token + t,
-                        rows.start + row,
-                        square[..high].iter().copied(),
-                    )
-                };
+                for (t, square) in square.iter_mut().enumerate().take(count - token) {
+                    let (token, row) = (self.tokens.start + token + t, self.rows.start + row);
+                    if !(dense && high == SQUARE) {
+                        // SAFETY: inside the output, and these rows and tokens belong to this thread.
+                        unsafe { layer.store_token(token, row, square[..high].iter().copied()) };
+                        continue;
+                    }
+                    let at = |steps: [isize; 2]| token as isize * steps[0] + row as isize;
+                    if let Some((residual, steps)) = layer.residual {
+                        // SAFETY: the residual has the shape of the output.
+                        let residual = unsafe { &*residual.at(at(steps)).cast::<[f32; SQUARE]>() };
+                        square.iter_mut().zip(residual).for_each(|(sum, r)| *sum += r);
+                    }
+                    // SAFETY: as above.
+                    unsafe { *layer.y.at(at(layer.steps)).cast::<[f32; SQUARE]>() = *square };
+                }
             }
         }
     }
 }
-
-/// Side of the squares that results are transposed by; panels are a multiple of it wide.
-const SQUARE: usize = 8;
 
 #[cfg(test)]
 mod tests {

@@ -6,6 +6,7 @@ use crate::loops::Shared;
 use crate::pool::Pool;
 use crate::scratch::Scratch;
 use crate::strided::{View, ViewMut};
+use crate::weights::Lines;
 use half::f16;
 use std::ops::Range;
 
@@ -322,6 +323,7 @@ impl Product {
             panels: &packed[..self.panels_len()],
             k: self.k,
             rows: source,
+            then: Lines::default(),
         };
         // SAFETY: the rows of the operand, or their packed copy.
         unsafe { gemm.block(rows.clone(), panels.clone(), c, space) };

@@ -7,6 +7,7 @@ use crate::loops::Shared;
 use crate::pool::Pool;
 use crate::scratch::Scratch;
 use crate::simd::{Kernel, Simd, dispatch};
+use crate::weights::Lines;
 use std::ops::Range;
 
 pub(super) fn run(pool: &Pool, call: &Call, runs: &[Range<usize>], scratch: &mut Scratch) {
@@ -15,8 +16,21 @@ pub(super) fn run(pool: &Pool, call: &Call, runs: &[Range<usize>], scratch: &mut
     let kv = visible * (call.size + call.v_size);
     let each = (call.size + visible + call.v_size) * width + block_space(visible.max(call.v_size));
     let each = each.next_multiple_of(16);
-    let space = scratch.f32((call.kv_heads * kv).next_multiple_of(16) + pool.threads() * each);
-    let (packed, work) = space.split_at_mut((call.kv_heads * kv).next_multiple_of(16));
+    let (mask_heads, mask_queries) = call.mask_rows();
+    let sights_len = (2 * mask_heads * mask_queries).next_multiple_of(16);
+    let packed_len = (call.kv_heads * kv).next_multiple_of(16);
+    let space = scratch.f32(sights_len + packed_len + pool.threads() * each);
+    let (sights, rest) = space.split_at_mut(sights_len);
+    let (packed, work) = rest.split_at_mut(packed_len);
+    let sights: &mut [[u32; 2]] = bytemuck::cast_slice_mut(sights);
+    for (at, sight) in sights.iter_mut().take(mask_heads * mask_queries).enumerate() {
+        *sight = look(call, runs, (at / mask_queries, at % mask_queries));
+    }
+    let sights = &*sights;
+    let sight = |h: usize, s: usize| {
+        let at = h % mask_heads.max(1) * mask_queries + s % mask_queries.max(1);
+        sights.get(at).map(|sight| sight.map(|n| n as usize))
+    };
     let target = Shared(packed.as_mut_ptr());
     pool.run(call.kv_heads * 2, &|job| {
         let (head, keys) = (job / 2, job % 2 == 0);
@@ -41,8 +55,8 @@ pub(super) fn run(pool: &Pool, call: &Call, runs: &[Range<usize>], scratch: &mut
         let (head, first) = (job / panels, job % panels * width);
         panel(
             call,
-            runs,
-            visible,
+            (runs, visible),
+            &sight,
             (head, first..(first + width).min(lanes)),
             &packed[head * kv..],
             work,
@@ -53,8 +67,8 @@ pub(super) fn run(pool: &Pool, call: &Call, runs: &[Range<usize>], scratch: &mut
 /// The queries `lanes` (head in the group, position) of one head of keys, a panel of them.
 fn panel(
     call: &Call,
-    runs: &[Range<usize>],
-    visible: usize,
+    (runs, visible): (&[Range<usize>], usize),
+    sight: &dyn Fn(usize, usize) -> Option<[usize; 2]>,
     (head, lanes): (usize, Range<usize>),
     packed: &[f32],
     work: &mut [f32],
@@ -77,7 +91,8 @@ fn panel(
         }
     }
     // Keys past the last one that these queries see are left out; with a causal mask that is half of them.
-    let seen = last_seen(call, runs, lanes.clone().map(place)).min(visible);
+    let last = |(h, s)| sight(h, s).map_or(visible, |[_, seen]| seen);
+    let seen = lanes.clone().map(place).map(last).max().unwrap_or(0).min(visible);
     let keys = Rows::Dense {
         first: Shared::of(packed.as_ptr()),
         stride: call.size as isize,
@@ -88,11 +103,14 @@ fn panel(
             panels: q,
             k: call.size,
             rows: keys,
+            then: Lines::default(),
         }
         .block(0..seen, 0..1, scores, space)
     };
     for (lane, (h, s)) in lanes.clone().map(place).enumerate() {
-        add_mask(call, runs, (h, s), &mut scores[..seen * width], lane);
+        if let Some(sight) = sight(h, s) {
+            add_mask(call, runs, (h, s), sight, &mut scores[..seen * width], lane);
+        }
     }
     dispatch(Softmax {
         scores: &mut scores[..seen * width],
@@ -108,6 +126,7 @@ fn panel(
             panels: scores,
             k: seen,
             rows: values,
+            then: Lines::default(),
         }
         .block(0..call.v_size, 0..1, out, space)
     };
@@ -121,38 +140,55 @@ fn panel(
     }
 }
 
-/// Adds the mask of head and query `(h, s)` to column `lane` of `[keys][panel]`.
-fn add_mask(call: &Call, runs: &[Range<usize>], (h, s): (usize, usize), scores: &mut [f32], lane: usize) {
-    let Some((p, steps)) = call.mask else { return };
-    let first = h as isize * steps[0] + s as isize * steps[1];
-    let mut lines = scores.chunks_exact_mut(panel_width());
+/// What a row of the mask lets its queries see: how many visible keys come before the first whose mask is not 0, and how many up to
+/// the last that is not hidden.
+fn look(call: &Call, runs: &[Range<usize>], (h, s): (usize, usize)) -> [u32; 2] {
+    let (mut visible, mut clear, mut seen) = (0, None, 0);
     for run in runs {
-        for (t, line) in run.clone().zip(&mut lines) {
-            // SAFETY: a position of the mask's row.
-            let mask = unsafe { *p.at(first + t as isize * steps[2]) };
-            // Most entries are 0.
-            if mask == f32::NEG_INFINITY {
-                line[lane] = mask;
-            } else if mask != 0.0 {
-                line[lane] += mask;
+        if let Some(row) = call.mask_row(h, s, run.clone()) {
+            if clear.is_none() {
+                clear = row.iter().position(|mask| *mask != 0.0).map(|at| visible + at);
+            }
+            if let Some(at) = row.iter().rposition(|mask| *mask != f32::NEG_INFINITY) {
+                seen = visible + at + 1;
+            }
+        } else {
+            for (at, t) in (visible..).zip(run.clone()) {
+                let mask = call.mask_at(h, s, t);
+                if mask != 0.0 {
+                    clear.get_or_insert(at);
+                }
+                if mask != f32::NEG_INFINITY {
+                    seen = at + 1;
+                }
             }
         }
+        visible += run.len();
     }
+    let clear = clear.unwrap_or(visible).min(seen);
+    [clear, seen].map(|n| u32::try_from(n).unwrap_or(u32::MAX))
 }
 
-/// How many of the visible keys there are up to the last one that one of `rows` sees.
-fn last_seen(call: &Call, runs: &[Range<usize>], rows: impl Iterator<Item = (usize, usize)>) -> usize {
-    let total: usize = runs.iter().map(Range::len).sum();
-    let mut seen = 0;
-    for (h, s) in rows {
-        let keys = runs.iter().rev().flat_map(|run| run.clone().rev());
-        let hidden = keys
-            .take(total - seen)
-            .take_while(|t| call.mask_at(h, s, *t) == f32::NEG_INFINITY)
-            .count();
-        seen = seen.max(total - hidden);
+/// Adds the mask of head and query `(h, s)` to column `lane` of `[keys][panel]`, where it is not 0.
+fn add_mask(
+    call: &Call,
+    runs: &[Range<usize>],
+    (h, s): (usize, usize),
+    [clear, seen]: [usize; 2],
+    scores: &mut [f32],
+    lane: usize,
+) {
+    let mut lines = scores.chunks_exact_mut(panel_width()).enumerate().skip(clear);
+    let mut keys = runs.iter().cloned().flatten().skip(clear);
+    for ((_, line), t) in lines.by_ref().take(seen - clear).zip(&mut keys) {
+        let mask = call.mask_at(h, s, t);
+        if mask == f32::NEG_INFINITY {
+            line[lane] = mask;
+        } else {
+            line[lane] += mask;
+        }
     }
-    seen
+    lines.for_each(|(_, line)| line[lane] = f32::NEG_INFINITY);
 }
 
 /// Softmax down the columns of `[keys][panel]`, in place; zeros where everything is minus infinity.

@@ -148,20 +148,42 @@ impl Call {
         })
     }
 
+    /// The mask at head `h`, query `s` and some keys, where these lie side by side.
+    fn mask_row(&self, h: usize, s: usize, keys: Range<usize>) -> Option<&[f32]> {
+        let (p, steps) = self.mask.filter(|(_, steps)| steps[2] == 1)?;
+        assert!(h < self.heads && s < self.queries && keys.start <= keys.end && keys.end <= self.keys);
+        let first = p.at(h as isize * steps[0] + s as isize * steps[1] + keys.start as isize);
+        // SAFETY: the indices are inside the shape of the mask, where it is not repeated.
+        Some(unsafe { std::slice::from_raw_parts(first.cast_const(), keys.len()) })
+    }
+
+    /// Rows the mask has for heads and for queries; what is repeated counts once.
+    fn mask_rows(&self) -> (usize, usize) {
+        self.mask.map_or((0, 0), |(_, steps)| {
+            let count = |step: isize, all: usize| if step == 0 { 1 } else { all };
+            (count(steps[0], self.heads), count(steps[1], self.queries))
+        })
+    }
+
     /// Ranges of key positions that some query of some head sees.
     fn visible(&self) -> Runs {
         let mut runs = Runs::new();
-        let Some((_, steps)) = self.mask else {
+        if self.mask.is_none() {
             runs.push(0..self.keys);
             return runs;
-        };
-        let heads = if steps[0] == 0 { 1 } else { self.heads };
-        let queries = if steps[1] == 0 { 1 } else { self.queries };
+        }
+        let (heads, queries) = self.mask_rows();
         SEEN.with_borrow_mut(|seen| {
             seen.clear();
             seen.resize(self.keys, false);
             // Row by row, as the mask lies in memory.
             for (h, s) in (0..heads).flat_map(|h| (0..queries).map(move |s| (h, s))) {
+                if let Some(row) = self.mask_row(h, s, 0..self.keys) {
+                    for (seen, mask) in seen.iter_mut().zip(row) {
+                        *seen |= *mask != f32::NEG_INFINITY;
+                    }
+                    continue;
+                }
                 for (t, seen) in seen.iter_mut().enumerate() {
                     *seen |= self.mask_at(h, s, t) != f32::NEG_INFINITY;
                 }

@@ -5,7 +5,7 @@ use crate::gemm::{Gemm, Rows, block_space, panel_width};
 use crate::loops::Shared;
 use crate::pool::Pool;
 use crate::scratch::Scratch;
-use crate::weights::Storage;
+use crate::weights::{Lines, Storage};
 use std::ops::Range;
 
 /// Output channels multiplied together.
@@ -95,7 +95,13 @@ fn positions_of(
     while row < outputs.end {
         let block = row..(row + ROW_BLOCK).min(outputs.end);
         // SAFETY: the rows of the group, `k` elements each.
-        unsafe { Gemm { panels, k, rows }.block(block.clone(), 0..count, c, space) };
+        let gemm = Gemm {
+            panels,
+            k,
+            rows,
+            then: Lines::default(),
+        };
+        unsafe { gemm.block(block.clone(), 0..count, c, space) };
         for (o, values) in block.clone().zip(c.chunks_exact_mut(line)) {
             // SAFETY: these channels and positions belong to this thread.
             unsafe { call.finish((sample, top + o), lanes.start, &mut values[..lanes.len()]) };

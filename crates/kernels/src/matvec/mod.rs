@@ -275,13 +275,19 @@ impl<T: Stored> Kernel for Dot<'_, T> {
     fn run<S: Simd>(self, s: S) {
         let cols = self.x.len();
         assert_eq!(self.w.len(), cols * self.out.len(), "dot: rows and columns");
-        if cols >= LONG {
-            for (row, out) in self.out.iter_mut().enumerate() {
-                *out = dot_long(s, &self.w[row * cols..(row + 1) * cols], self.x);
-            }
-            return;
-        }
         let mut row = 0;
+        if cols >= LONG {
+            let each = self.out.len() / STREAMS;
+            for at in 0..each {
+                let first = |stream: usize| stream * each + at;
+                let rows = std::array::from_fn(|r| &self.w[first(r) * cols..(first(r) + 1) * cols]);
+                let sums = dot_streams::<S, T, STREAMS>(s, rows, self.x);
+                for (stream, sum) in sums.into_iter().enumerate() {
+                    self.out[first(stream)] = sum;
+                }
+            }
+            row = each * STREAMS;
+        }
         while row + 4 <= self.out.len() {
             let sums = dot_rows::<S, T, 4>(s, &self.w[row * cols..(row + 4) * cols], self.x);
             self.out[row..row + 4].copy_from_slice(&sums);
@@ -295,44 +301,56 @@ impl<T: Stored> Kernel for Dot<'_, T> {
     }
 }
 
-/// Rows from this length on are read one after the other: memory gives a third more to one stream than to four.
+/// Rows from this length on come from memory as fast as it gives them when they are far apart: a processor waits for a few lines
+/// of one stream at a time, and neighbouring rows are one stream.
 const LONG: usize = 256;
 
-/// Bytes between what is multiplied and what is asked of memory.
-const AHEAD: usize = 1024;
+/// Streams of rows read side by side.
+const STREAMS: usize = 4;
 
-/// `w . x` with one stream of weights.
+/// Bytes between what is multiplied and what is asked of memory.
+const AHEAD: usize = 512;
+
+/// `w[r] . x` for rows that lie far apart.
 #[inline(always)]
-fn dot_long<S: Simd, T: Stored>(s: S, w: &[T], x: &[f32]) -> f32 {
-    assert_eq!(w.len(), x.len(), "dot: columns");
+fn dot_streams<S: Simd, T: Stored, const R: usize>(s: S, w: [&[T]; R], x: &[f32]) -> [f32; R] {
     let cols = x.len();
-    let mut sums = [s.zero(); 4];
+    assert!(w.iter().all(|w| w.len() == cols), "dot: columns");
+    let mut sums = [[s.zero(); 2]; R];
     let mut c = 0;
     while c + 4 * S::LANES <= cols {
-        let at = w.as_ptr().wrapping_add(c);
-        for line in (0..4 * S::LANES * size_of::<T>()).step_by(64) {
-            s.prefetch(at.cast::<u8>().wrapping_add(AHEAD + line));
+        for w in w {
+            let at = w.as_ptr().wrapping_add(c).cast::<u8>();
+            for line in (0..4 * S::LANES * size_of::<T>()).step_by(64) {
+                s.prefetch(at.wrapping_add(AHEAD + line));
+            }
         }
-        for (n, sum) in sums.iter_mut().enumerate() {
-            // SAFETY: `c + 4 * LANES` is not past `cols`.
-            let (w, x) = unsafe {
-                (
-                    T::load(s, at.add(n * S::LANES)),
-                    s.load(x.as_ptr().add(c + n * S::LANES)),
-                )
-            };
-            *sum = s.fma(w, x, *sum);
+        for n in 0..4 {
+            let at = c + n * S::LANES;
+            // SAFETY: `at + LANES` is not past `cols`.
+            let x = unsafe { s.load(x.as_ptr().add(at)) };
+            for (w, sums) in w.iter().zip(&mut sums) {
+                // SAFETY: as above, every row being as long as `x`.
+                let w = unsafe { T::load(s, w.as_ptr().add(at)) };
+                sums[n % 2] = s.fma(w, x, sums[n % 2]);
+            }
         }
         c += 4 * S::LANES;
     }
     while c + S::LANES <= cols {
         // SAFETY: `c + LANES` is not past `cols`.
-        let (w, x) = unsafe { (T::load(s, w.as_ptr().add(c)), s.load(x.as_ptr().add(c))) };
-        sums[0] = s.fma(w, x, sums[0]);
+        let x = unsafe { s.load(x.as_ptr().add(c)) };
+        for (w, sums) in w.iter().zip(&mut sums) {
+            // SAFETY: as above.
+            let w = unsafe { T::load(s, w.as_ptr().add(c)) };
+            sums[0] = s.fma(w, x, sums[0]);
+        }
         c += S::LANES;
     }
-    let rest: f32 = (c..cols).map(|c| w[c].widen() * x[c]).sum();
-    s.sum(s.add(s.add(sums[0], sums[1]), s.add(sums[2], sums[3]))) + rest
+    std::array::from_fn(|r| {
+        let rest: f32 = (c..cols).map(|c| w[r][c].widen() * x[c]).sum();
+        s.sum(s.add(sums[r][0], sums[r][1])) + rest
+    })
 }
 
 #[inline(always)]

@@ -89,6 +89,20 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     }
     fn largest(self, x: Self::F) -> f32;
 
+    /// Turns a square of 8 by 8 numbers: `to[c * to_step + r]` becomes `from[r * from_step + c]`.
+    ///
+    /// # Safety
+    /// The eight rows of `from` are readable and those of `to` writable, and none of the latter lies in the former.
+    #[inline(always)]
+    unsafe fn turn(self, from: *const f32, from_step: isize, to: *mut f32, to_step: isize) {
+        for r in 0..8 {
+            for c in 0..8 {
+                // SAFETY: the caller's.
+                unsafe { *to.offset(c * to_step + r) = *from.offset(r * from_step + c) };
+            }
+        }
+    }
+
     /// Asks memory for the line at `p`, which may be any address.
     #[inline(always)]
     fn prefetch(self, _p: *const u8) {}

@@ -50,6 +50,46 @@ unsafe fn quarters(a: __m256, b: __m256) -> __m256 {
     }
 }
 
+/// [`Simd::turn`].
+///
+/// # Safety
+/// Its own, and the processor has AVX.
+#[inline(always)]
+unsafe fn turn(from: *const f32, from_step: isize, to: *mut f32, to_step: isize) {
+    // SAFETY: the caller's.
+    unsafe {
+        let rows: [__m256; 8] =
+            std::array::from_fn(|r| _mm256_loadu_ps(from.wrapping_offset(r as isize * from_step)));
+        // Pairs, then fours within each half, then halves.
+        let pairs: [__m256; 8] = std::array::from_fn(|i| {
+            let (a, b) = (rows[i / 2 * 2], rows[i / 2 * 2 + 1]);
+            if i % 2 == 0 {
+                _mm256_unpacklo_ps(a, b)
+            } else {
+                _mm256_unpackhi_ps(a, b)
+            }
+        });
+        let fours: [__m256; 8] = std::array::from_fn(|i| {
+            let first = i / 4 * 4 + i % 4 / 2;
+            let (a, b) = (_mm256_castps_pd(pairs[first]), _mm256_castps_pd(pairs[first + 2]));
+            _mm256_castpd_ps(if i % 2 == 0 {
+                _mm256_unpacklo_pd(a, b)
+            } else {
+                _mm256_unpackhi_pd(a, b)
+            })
+        });
+        for c in 0..4 {
+            let (a, b) = (fours[c], fours[c + 4]);
+            let low = to.wrapping_offset(c as isize * to_step);
+            _mm256_storeu_ps(low, _mm256_permute2f128_ps::<0x20>(a, b));
+            _mm256_storeu_ps(
+                low.wrapping_offset(4 * to_step),
+                _mm256_permute2f128_ps::<0x31>(a, b),
+            );
+        }
+    }
+}
+
 impl Simd for Avx2 {
     const LANES: usize = 8;
     type F = __m256;
@@ -64,6 +104,11 @@ impl Simd for Avx2 {
     fn prefetch_later(self, p: *const u8) {
         // SAFETY: the token says that the processor has the instruction; no address makes it fail.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn turn(self, from: *const f32, from_step: isize, to: *mut f32, to_step: isize) {
+        // SAFETY: the caller's for the memory, the token's for the instructions.
+        unsafe { turn(from, from_step, to, to_step) }
     }
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
@@ -278,6 +323,11 @@ impl Simd for Avx512 {
     fn prefetch_later(self, p: *const u8) {
         // SAFETY: the token says that the processor has the instruction; no address makes it fail.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn turn(self, from: *const f32, from_step: isize, to: *mut f32, to_step: isize) {
+        // SAFETY: the caller's for the memory, the token's for the instructions.
+        unsafe { turn(from, from_step, to, to_step) }
     }
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {

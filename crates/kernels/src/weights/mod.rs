@@ -285,12 +285,34 @@ impl Lines {
 
     /// Walks over the lines of cache.
     #[inline(always)]
-    pub(crate) fn each(self) -> impl Iterator<Item = *const u8> {
-        (0..self.rows).flat_map(move |row| {
-            (0..self.bytes)
-                .step_by(64)
-                .map(move |at| self.first.wrapping_add(row * self.step + at))
-        })
+    pub(crate) fn walk(self) -> Walk {
+        Walk {
+            lines: self,
+            row: self.first,
+            at: 0,
+        }
+    }
+}
+
+/// A walk over [`Lines`], which goes on behind them where it is not ended: addresses alone are made.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Walk {
+    lines: Lines,
+    row: *const u8,
+    at: usize,
+}
+
+impl Walk {
+    /// The next line.
+    #[inline(always)]
+    pub(crate) fn step(&mut self) -> *const u8 {
+        let line = self.row.wrapping_add(self.at);
+        self.at += 64;
+        if self.at >= self.lines.bytes {
+            self.row = self.row.wrapping_add(self.lines.step);
+            self.at = 0;
+        }
+        line
     }
 }
 
