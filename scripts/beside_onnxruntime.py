@@ -97,8 +97,8 @@ def measure(folder, name, labels=("fp32", "fp16"), rounds=ROUNDS):
     count = max(3, min(200, int(60 / once)))
     for _ in range(rounds):
         for engine in engines.values():
-            # Threads of the engine before still spin for a moment.
-            time.sleep(0.02)
+            # Threads of onnxruntime spin for up to 60 ms after its turn.
+            time.sleep(0.1)
             engine.turns.append(statistics.median(engine.ask(count)))
     rows = {}
     base = engines["onnxruntime"].turns

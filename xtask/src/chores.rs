@@ -44,6 +44,41 @@ pub fn lints() -> Result<()> {
     crate::ops::check()
 }
 
+/// `inlined [PROGRAM]`: calls of single instructions in a release program, where a kernel's closure was not inlined. Needs objdump.
+pub fn inlined(arguments: &[String]) -> Result<()> {
+    let program = arguments
+        .first()
+        .map_or("target/release/candle-coreml", String::as_str);
+    let output = Command::new("objdump")
+        .args(["--disassemble", "--no-show-raw-insn", "--demangle", program])
+        .output()
+        .map_err(|e| format!("objdump: {e}"))?;
+    if !output.status.success() {
+        return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+    }
+    let (mut found, mut function) = (BTreeMap::new(), "");
+    let text = String::from_utf8_lossy(&output.stdout);
+    for line in text.lines() {
+        if let Some((_, name)) = line.strip_suffix(">:").and_then(|line| line.split_once(" <")) {
+            function = name;
+        } else if line.contains("call") && line.contains("core_arch::") {
+            // Other crates' are theirs; library functions may be either's.
+            let ours = function.contains("candle_coreml") || function.starts_with("<core::ops");
+            if ours {
+                *found.entry(function.to_string()).or_insert(0) += 1;
+            }
+        }
+    }
+    if found.is_empty() {
+        return Ok(());
+    }
+    let lines: Vec<String> = found
+        .iter()
+        .map(|(name, n)| format!("{n} calls in {name}"))
+        .collect();
+    Err(lines.join("\n"))
+}
+
 /// `docs`: the documentation, warnings denied.
 pub fn docs() -> Result<()> {
     let mut command = Command::new(env!("CARGO"));

@@ -1,4 +1,6 @@
 //! Chores of conversion: SmolLM2 and MiniLM from Python packages, memory and time as models grow.
+//!
+//! All build with the features of the whole workspace, as its tests do: another choice of crates would compile what they stand on anew.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -21,7 +23,7 @@ pub fn smollm2() -> Result<()> {
         .map_err(|e| format!("{}: {e}", file.display()))?;
     println!("{}", file.display());
     let mut test = Command::new(env!("CARGO"));
-    test.args(["test", "-p", "candle-coreml-convert", "--test", "smollm2"])
+    test.args(["test", "--workspace", "--locked", "--test", "smollm2"])
         .env("CANDLE_COREML_SMOLLM2_GGUF", file);
     run(test)
 }
@@ -66,8 +68,10 @@ pub fn encoder() -> Result<()> {
             "run",
             "--release",
             "--quiet",
-            "-p",
-            "candle-coreml-cli",
+            "--locked",
+            "--workspace",
+            "--bin",
+            "candle-coreml",
             "--",
             "convert",
         ])
@@ -78,17 +82,9 @@ pub fn encoder() -> Result<()> {
         .canonicalize()
         .map_err(|e| format!("{}: {e}", packages.display()))?;
     let mut test = Command::new(env!("CARGO"));
-    test.args([
-        "test",
-        "--release",
-        "-p",
-        "candle-coreml-llm",
-        "--test",
-        "embedding",
-        "minilm",
-    ])
-    .args(["--", "--nocapture"])
-    .env("CANDLE_COREML_MINILM", packages);
+    test.args(["test", "--workspace", "--locked", "--test", "embedding", "minilm"])
+        .args(["--", "--nocapture"])
+        .env("CANDLE_COREML_MINILM", packages);
     run(test)
 }
 
@@ -131,8 +127,8 @@ pub fn growth(arguments: &[String]) -> Result<()> {
             "run",
             "--release",
             "--quiet",
-            "-p",
-            "candle-coreml-convert",
+            "--locked",
+            "--workspace",
             "--example",
             "growth",
             "--",

@@ -27,6 +27,7 @@ fn main() -> ExitCode {
         (Some("conformance"), rest) => conformance::run(rest),
         (Some("lints"), []) => chores::lints(),
         (Some("docs"), []) => chores::docs(),
+        (Some("inlined"), rest) => chores::inlined(rest),
         (Some("workflows"), []) => chores::workflows(),
         (Some("package"), [target]) => chores::package(target),
         (Some("publish"), rest) => chores::publish(rest),
@@ -59,6 +60,7 @@ const USAGE: &str = "cargo xtask COMMAND
   conformance [OPTIONS] [TESTS]          coremltools' own tests on the engine; --write makes docs/CONFORMANCE.md of it
   lints                                  formatting, clippy, the table of operators
   docs                                   documentation, warnings denied
+  inlined [PROGRAM]                      calls of single vector instructions left in a release program
   workflows                              lint .github/workflows with actionlint
   package TARGET                         the command line for a target as an archive in target/package
   publish [--dry-run]                    all crates in order

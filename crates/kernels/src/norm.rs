@@ -162,8 +162,14 @@ impl Kernel for Row<'_> {
                 let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
                 let max = if max == f32::NEG_INFINITY { 0.0 } else { max };
                 let shift = s.splat(max);
-                // SAFETY: as above.
-                let sum = unsafe { total(s, (y, n), f32::NEG_INFINITY, |x| exp(s, s.sub(x, shift))) };
+                let mut sums = s.zero();
+                for part in row.chunks(S::LANES) {
+                    let mut vector = [f32::NEG_INFINITY; 16];
+                    vector[..part.len()].copy_from_slice(part);
+                    // SAFETY: sixteen numbers, and no vector is longer.
+                    sums = s.add(sums, exp(s, s.sub(unsafe { s.load(vector.as_ptr()) }, shift)));
+                }
+                let sum = s.sum(sums);
                 let shift = max + sum.ln();
                 row.iter_mut().for_each(|x| *x -= shift);
             }

@@ -548,7 +548,11 @@ impl<T: Stored> Sum<'_, T> {
             for run in runs {
                 for t in run.clone() {
                     let row = m.wrapping_offset(t as isize * step).wrapping_add(d);
-                    let p: [S::F; R] = std::array::from_fn(|r| s.splat(p[r * visible + i]));
+                    let mut factors = [s.zero(); R];
+                    for (r, factor) in factors.iter_mut().enumerate() {
+                        *factor = s.splat(p[r * visible + i]);
+                    }
+                    let p = factors;
                     i += 1;
                     if vectors == 4 {
                         for n in 0..4 {

@@ -34,8 +34,13 @@ fn reduced_exp<S: Simd>(s: S, x: S::F) -> (S::F, S::F) {
 fn scale<S: Simd>(s: S, x: S::F, n: S::F) -> S::F {
     let n = s.to_int(n);
     let half = s.shr::<1>(n);
-    let power = |n: S::I| s.from_bits(s.shl::<23>(s.int_add(n, s.int(127))));
-    s.mul(s.mul(x, power(half)), power(s.int_sub(n, half)))
+    s.mul(s.mul(x, power(s, half)), power(s, s.int_sub(n, half)))
+}
+
+/// `2^n` within the normal range.
+#[inline(always)]
+fn power<S: Simd>(s: S, n: S::I) -> S::F {
+    s.from_bits(s.shl::<23>(s.int_add(n, s.int(127))))
 }
 
 /// 2 ulp.

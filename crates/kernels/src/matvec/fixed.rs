@@ -189,13 +189,18 @@ pub(crate) unsafe fn quantise(x: &[f32], order: Order, scales: &mut [f32], value
 #[target_feature(enable = "avx2,fma")]
 fn quantise_block(x: &[f32; BLOCK], order: Order, scale: &mut f32, values: &mut [i16]) -> bool {
     let magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(i32::MAX));
-    // SAFETY: eight vectors of eight are the 64 numbers of the block.
-    let x: [__m256; 8] = std::array::from_fn(|i| unsafe { _mm256_loadu_ps(x.as_ptr().add(8 * i)) });
+    let mut vectors = [_mm256_setzero_ps(); 8];
+    for (i, vector) in vectors.iter_mut().enumerate() {
+        // SAFETY: eight vectors of eight are the 64 numbers of the block.
+        *vector = unsafe { _mm256_loadu_ps(x.as_ptr().add(8 * i)) };
+    }
+    let x = vectors;
     // The maximum takes the second operand when one is NaN, so a NaN would be lost; integers keep the order of
     // magnitudes and put NaN above infinity.
-    let max = x.iter().fold(_mm256_setzero_si256(), |max, x| {
-        _mm256_max_epi32(max, _mm256_castps_si256(_mm256_and_ps(*x, magnitude)))
-    });
+    let mut max = _mm256_setzero_si256();
+    for x in x {
+        max = _mm256_max_epi32(max, _mm256_castps_si256(_mm256_and_ps(x, magnitude)));
+    }
     let max = _mm_max_epi32(_mm256_castsi256_si128(max), _mm256_extracti128_si256::<1>(max));
     let max = _mm_max_epi32(max, _mm_shuffle_epi32::<0b01_00_11_10>(max));
     let max = _mm_max_epi32(max, _mm_shuffle_epi32::<0b10_11_00_01>(max));
@@ -204,7 +209,10 @@ fn quantise_block(x: &[f32; BLOCK], order: Order, scale: &mut f32, values: &mut 
     let tiny = max < 1e-30;
     *scale = if tiny { 0.0 } else { max / X_MAX };
     let factor = _mm256_set1_ps(if tiny { 0.0 } else { X_MAX / max });
-    let ints = x.map(|x| _mm256_cvtps_epi32(_mm256_mul_ps(x, factor)));
+    let mut ints = [_mm256_setzero_si256(); 8];
+    for (int, x) in ints.iter_mut().zip(x) {
+        *int = _mm256_cvtps_epi32(_mm256_mul_ps(x, factor));
+    }
     let pack = |i: usize| {
         let packed = _mm256_packs_epi32(ints[i], ints[i + 1]);
         _mm256_permute4x64_epi64::<0b11_01_10_00>(packed)
@@ -302,7 +310,11 @@ pub(crate) unsafe fn dot_rows<const BITS: usize, const R: usize>(
             sums[r] = unsafe { block_sum(&table, tail.as_ptr(), x, whole, sums[r]) };
         }
     }
-    sums.map(|sum| horizontal(sum))
+    let mut results = [0.0; R];
+    for (result, sum) in results.iter_mut().zip(sums) {
+        *result = horizontal(sum);
+    }
+    results
 }
 
 #[target_feature(enable = "avx2,fma")]
@@ -408,8 +420,9 @@ impl<const BITS: usize> Table<BITS> {
             _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(planes.as_ptr().add(at).cast()) })
         };
         Table {
-            low: std::array::from_fn(|n| part(0, n)),
-            high: std::array::from_fn(|n| part(1, n)),
+            // Functions of the library would call one for each instruction.
+            low: [part(0, 0), part(0, 1), part(0, 2), part(0, 3)],
+            high: [part(1, 0), part(1, 1), part(1, 2), part(1, 3)],
         }
     }
 

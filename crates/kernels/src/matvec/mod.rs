@@ -347,10 +347,12 @@ fn dot_streams<S: Simd, T: Stored, const R: usize>(s: S, w: [&[T]; R], x: &[f32]
         }
         c += S::LANES;
     }
-    std::array::from_fn(|r| {
+    let mut results = [0.0; R];
+    for (r, result) in results.iter_mut().enumerate() {
         let rest: f32 = (c..cols).map(|c| w[r][c].widen() * x[c]).sum();
-        s.sum(s.add(sums[r][0], sums[r][1])) + rest
-    })
+        *result = s.sum(s.add(sums[r][0], sums[r][1])) + rest;
+    }
+    results
 }
 
 #[inline(always)]
@@ -372,10 +374,12 @@ fn dot_rows<S: Simd, T: Stored, const R: usize>(s: S, w: &[T], x: &[f32]) -> [f3
         }
         c += 2 * S::LANES;
     }
-    std::array::from_fn(|r| {
+    let mut results = [0.0; R];
+    for (r, result) in results.iter_mut().enumerate() {
         let rest: f32 = (c..cols).map(|c| w[r * cols + c].widen() * x[c]).sum();
-        s.sum(s.add(sums[r][0], sums[r][1])) + rest
-    })
+        *result = s.sum(s.add(sums[r][0], sums[r][1])) + rest;
+    }
+    results
 }
 
 #[cfg(test)]

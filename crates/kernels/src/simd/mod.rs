@@ -152,7 +152,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
 }
 
 /// A computation written for any instruction set. `run` must be `#[inline(always)]`, and so must what it calls with
-/// the token, for the instructions to be used.
+/// the token, for the instructions to be used. A closure is inlined where the compiler sees fit, and calls a function for each
+/// instruction where it is not: vectors are made and added up in loops. `cargo xtask inlined` looks for such calls.
 pub(crate) trait Kernel {
     type Out;
     fn run<S: Simd>(self, simd: S) -> Self::Out;

@@ -58,26 +58,23 @@ unsafe fn quarters(a: __m256, b: __m256) -> __m256 {
 unsafe fn turn(from: *const f32, from_step: isize, to: *mut f32, to_step: isize) {
     // SAFETY: the caller's.
     unsafe {
-        let rows: [__m256; 8] =
-            std::array::from_fn(|r| _mm256_loadu_ps(from.wrapping_offset(r as isize * from_step)));
+        let mut rows = [_mm256_setzero_ps(); 8];
+        for (r, row) in rows.iter_mut().enumerate() {
+            *row = _mm256_loadu_ps(from.wrapping_offset(r as isize * from_step));
+        }
         // Pairs, then fours within each half, then halves.
-        let pairs: [__m256; 8] = std::array::from_fn(|i| {
-            let (a, b) = (rows[i / 2 * 2], rows[i / 2 * 2 + 1]);
-            if i % 2 == 0 {
-                _mm256_unpacklo_ps(a, b)
-            } else {
-                _mm256_unpackhi_ps(a, b)
-            }
-        });
-        let fours: [__m256; 8] = std::array::from_fn(|i| {
-            let first = i / 4 * 4 + i % 4 / 2;
-            let (a, b) = (_mm256_castps_pd(pairs[first]), _mm256_castps_pd(pairs[first + 2]));
-            _mm256_castpd_ps(if i % 2 == 0 {
-                _mm256_unpacklo_pd(a, b)
-            } else {
-                _mm256_unpackhi_pd(a, b)
-            })
-        });
+        let mut pairs = rows;
+        for i in [0, 2, 4, 6] {
+            pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+            pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+        }
+        let mut fours = pairs;
+        for i in [0, 1, 4, 5] {
+            let (a, b) = (_mm256_castps_pd(pairs[i]), _mm256_castps_pd(pairs[i + 2]));
+            let to = i / 4 * 4 + i % 4 * 2;
+            fours[to] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+            fours[to + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+        }
         for c in 0..4 {
             let (a, b) = (fours[c], fours[c + 4]);
             let low = to.wrapping_offset(c as isize * to_step);

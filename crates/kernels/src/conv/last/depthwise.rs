@@ -170,8 +170,11 @@ impl Row<'_> {
             let mut w = call.packed.data().as_ptr().wrapping_add(first);
             let mut x = self.pixel(i, cells.columns.start, column).wrapping_add(channel);
             for _ in cells.columns.clone() {
-                // SAFETY: the weights of the cell, of these channels.
-                let weights: [S::F; V] = std::array::from_fn(|v| unsafe { s.load(w.add(v * S::LANES)) });
+                let mut weights = [s.zero(); V];
+                for (v, weight) in weights.iter_mut().enumerate() {
+                    // SAFETY: the weights of the cell, of these channels.
+                    *weight = unsafe { s.load(w.add(v * S::LANES)) };
+                }
                 for (t, sums) in sums.iter_mut().enumerate() {
                     let x = x.wrapping_offset(t as isize * next);
                     for v in 0..V {

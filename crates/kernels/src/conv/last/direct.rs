@@ -336,8 +336,12 @@ unsafe fn step_by<S: Simd, const R: usize, const V: usize>(
     w: *const f32,
     sums: &mut [[S::F; V]; R],
 ) {
-    // SAFETY: the caller's.
-    let w: [S::F; V] = std::array::from_fn(|v| unsafe { s.load(w.add(v * S::LANES)) });
+    let mut vectors = [s.zero(); V];
+    for (v, vector) in vectors.iter_mut().enumerate() {
+        // SAFETY: the caller's.
+        *vector = unsafe { s.load(w.add(v * S::LANES)) };
+    }
+    let w = vectors;
     for r in 0..R {
         // SAFETY: the caller's.
         let x = s.splat(unsafe { *from[r].add(k) });

@@ -156,11 +156,14 @@ impl<'a> Epilogue<'a> {
         output: usize,
         (y, at, line): (Shared<f32>, usize, usize),
     ) {
-        let bias: [S::F; V] = std::array::from_fn(|v| match self.bias {
-            // SAFETY: the caller's.
-            Some(bias) => unsafe { s.load(bias.as_ptr().add(output + v * S::LANES)) },
-            None => s.zero(),
-        });
+        let mut vectors = [s.zero(); V];
+        if let Some(bias) = self.bias {
+            for (v, vector) in vectors.iter_mut().enumerate() {
+                // SAFETY: the caller's.
+                *vector = unsafe { s.load(bias.as_ptr().add(output + v * S::LANES)) };
+            }
+        }
+        let bias = vectors;
         let clip = |[lo, hi]: [f32; 2]| [s.splat(lo), s.splat(hi)];
         // NaN stays: it is the second operand.
         let clipped = |[lo, hi]: [S::F; 2], x: S::F| s.min(hi, s.max(lo, x));

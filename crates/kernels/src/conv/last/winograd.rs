@@ -328,15 +328,13 @@ impl<F: Form> Kernel for Outputs<'_, F> {
             for output in (0..outputs).step_by(S::LANES) {
                 let mut square = [[s.zero(); MOST]; MOST];
                 for (j, column) in square.iter_mut().enumerate().take(F::SIDE) {
-                    let x = std::array::from_fn(|i| {
-                        if i >= F::SIDE {
-                            return s.zero();
-                        }
+                    let mut x = [s.zero(); MOST];
+                    for (i, x) in x.iter_mut().enumerate().take(F::SIDE) {
                         let position = i * F::SIDE + j;
                         let at = (position * self.tiles.all + tile) * outputs + output;
                         // SAFETY: a vector of products; outputs are whole vectors.
-                        unsafe { s.load(self.from.at(at as isize)) }
-                    });
+                        *x = unsafe { s.load(self.from.at(at as isize)) };
+                    }
                     *column = F::output(s, x);
                 }
                 for i in 0..F::TILE.min(height - top) {
