@@ -94,13 +94,13 @@ fn positions_of(
     let mut row = outputs.start;
     while row < outputs.end {
         let block = row..(row + ROW_BLOCK).min(outputs.end);
-        // SAFETY: the rows of the group, `k` elements each.
         let gemm = Gemm {
             panels,
             k,
             rows,
             then: Lines::default(),
         };
+        // SAFETY: the rows of the group, `k` elements each.
         unsafe { gemm.block(block.clone(), 0..count, c, space) };
         for (o, values) in block.clone().zip(c.chunks_exact_mut(line)) {
             // SAFETY: these channels and positions belong to this thread.
