@@ -46,11 +46,11 @@ pub fn lints() -> Result<()> {
 
 /// `inlined [PROGRAM]`: calls of single instructions in a release program, where a kernel's closure was not inlined. Needs objdump.
 pub fn inlined(arguments: &[String]) -> Result<()> {
-    let program = arguments
-        .first()
-        .map_or("target/release/candle-coreml", String::as_str);
+    let built = crate::python::root().join("target/release/candle-coreml");
+    let program = arguments.first().map_or(built, PathBuf::from);
     let output = Command::new("objdump")
-        .args(["--disassemble", "--no-show-raw-insn", "--demangle", program])
+        .args(["--disassemble", "--no-show-raw-insn", "--demangle"])
+        .arg(program)
         .output()
         .map_err(|e| format!("objdump: {e}"))?;
     if !output.status.success() {

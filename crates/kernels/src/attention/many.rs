@@ -178,9 +178,9 @@ fn add_mask(
     scores: &mut [f32],
     lane: usize,
 ) {
-    let mut lines = scores.chunks_exact_mut(panel_width()).enumerate().skip(clear);
+    let mut lines = scores.chunks_exact_mut(panel_width()).skip(clear);
     let mut keys = runs.iter().cloned().flatten().skip(clear);
-    for ((_, line), t) in lines.by_ref().take(seen - clear).zip(&mut keys) {
+    for (line, t) in lines.by_ref().take(seen - clear).zip(&mut keys) {
         let mask = call.mask_at(h, s, t);
         if mask == f32::NEG_INFINITY {
             line[lane] = mask;
@@ -188,7 +188,7 @@ fn add_mask(
             line[lane] += mask;
         }
     }
-    lines.for_each(|(_, line)| line[lane] = f32::NEG_INFINITY);
+    lines.for_each(|line| line[lane] = f32::NEG_INFINITY);
 }
 
 /// Softmax down the columns of `[keys][panel]`, in place; zeros where everything is minus infinity.

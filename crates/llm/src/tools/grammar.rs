@@ -229,20 +229,16 @@ mod tests {
     }
 
     #[test]
-    fn special_marks_are_given_without_being_chosen() {
+    fn special_marks_are_the_only_choice() {
         let marked = tokenizer_with(&[DEEPSEEK_OPEN, DEEPSEEK_CALL]);
         let schema = json!({"type": "object"});
         let grammar = ToolFormat::DeepSeek.grammar(&[("f", &schema)], &marked);
         let mut way = Constraint::new(&grammar, &marked).unwrap();
-        let marks = [DEEPSEEK_OPEN, DEEPSEEK_CALL].map(|mark| marked.id(mark).unwrap());
-        let mut taken = way.forced();
-        if taken.is_empty() {
-            // A choice of one.
-            let only: Vec<u32> = way.allowed().unwrap().ids().collect();
-            assert_eq!(only, marks[..1]);
-            way.take(marks[0]).unwrap();
-            taken.push(marks[0]);
+        for mark in [DEEPSEEK_OPEN, DEEPSEEK_CALL] {
+            let id = marked.id(mark).unwrap();
+            assert!(marked.is_special(id));
+            assert_eq!(way.allowed().unwrap().ids().collect::<Vec<_>>(), [id], "{mark}");
+            way.take(id).unwrap();
         }
-        assert_eq!(taken[0], marks[0]);
     }
 }

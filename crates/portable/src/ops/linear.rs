@@ -461,7 +461,10 @@ impl OpCx<'_, '_> {
         }
         let mut shape = broadcast_shape(&a[..a.len() - 2], &b[..b.len() - 2])?;
         shape.extend_from_slice(&[*m, *n]);
-        let dtype = self.dtype(x);
+        let (dtype, other) = (self.dtype(x), self.dtype(y));
+        if dtype.is_float() != other.is_float() {
+            return Err(format!("{dtype} and {other} do not multiply").into());
+        }
         if dtype.is_float() {
             self.emit(MatMul, &[x, y], dtype, &shape)
         } else {
