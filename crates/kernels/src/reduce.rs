@@ -6,6 +6,7 @@ use crate::loops::{Nest, Shared};
 use crate::pool::Pool;
 use crate::simd::{Kernel, Simd, dispatch};
 use crate::strided::{MAX_RANK, View, ViewMut};
+use std::ops::Range;
 
 /// What the elements of a slice are reduced to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,16 +65,34 @@ pub fn reduce(pool: &Pool, op: Reduce, x: View<'_, f32>, axes: &[usize], mut y: 
     let steps = outer.inner().1;
     let count = inner.rows() * inner.inner().0;
     let columns = columns::possible(op, steps) && inner.inner().1 != [1];
+    let side_by_side = |range: Range<usize>, at: [isize; 2]| {
+        dispatch(columns::Columns {
+            op,
+            nest: &inner,
+            count,
+            x: px.at(at[1] + range.start as isize),
+            y: py.at(at[0] + range.start as isize),
+            len: range.len(),
+        });
+    };
+    if columns && outer.rows() == 1 {
+        // One line of results: threads share its columns.
+        let len = outer.inner().0;
+        outer.for_rows(0..1, |_, at| {
+            let blocks = len.div_ceil(columns::BLOCK);
+            let grain = 8192 / (columns::BLOCK * count).max(1);
+            pool.run_ranges(blocks, grain, &|range| {
+                side_by_side(
+                    range.start * columns::BLOCK..(range.end * columns::BLOCK).min(len),
+                    at,
+                );
+            });
+        });
+        return;
+    }
     outer.run(pool, &|len, at| {
         if columns {
-            return dispatch(columns::Columns {
-                op,
-                nest: &inner,
-                count,
-                x: px.at(at[1]),
-                y: py.at(at[0]),
-                len,
-            });
+            return side_by_side(0..len, at);
         }
         for i in 0..len as isize {
             let x = px.at(at[1] + i * steps[1]).cast_const();

@@ -9,6 +9,8 @@
 //! as Core ML does, is off by `2^-11` of each entry. Tables of 15 bits would let twice as many products be summed as
 //! integers; with them SmolLM2 chose other tokens at margins up to 0.0033.
 
+pub(crate) mod wide;
+
 use crate::weights::FixedTables;
 use half::f16;
 use std::arch::x86_64::*;

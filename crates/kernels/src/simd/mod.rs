@@ -34,6 +34,58 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `LANES` numbers are writable at `p`, which needs no alignment.
     unsafe fn store(self, p: *mut f32, x: Self::F);
+    /// The first `count` lanes from `p`, zeros in the others.
+    /// # Safety
+    /// `count` numbers are readable at `p`, which needs no alignment; `count` is at most `LANES`.
+    #[inline(always)]
+    unsafe fn load_part(self, p: *const f32, count: usize) -> Self::F {
+        let mut buffer = [0.0; 16];
+        // SAFETY: the caller's; no vector is longer than sixteen lanes.
+        unsafe {
+            p.copy_to_nonoverlapping(buffer.as_mut_ptr(), count);
+            self.load(buffer.as_ptr())
+        }
+    }
+    /// Stores the first `count` lanes at `p`.
+    /// # Safety
+    /// `count` numbers are writable at `p`, which needs no alignment; `count` is at most `LANES`.
+    #[inline(always)]
+    unsafe fn store_part(self, p: *mut f32, x: Self::F, count: usize) {
+        let mut buffer = [0.0; 16];
+        // SAFETY: the caller's; no vector is longer than sixteen lanes.
+        unsafe {
+            self.store(buffer.as_mut_ptr(), x);
+            p.copy_from_nonoverlapping(buffer.as_ptr(), count);
+        }
+    }
+    /// [`Simd::load_part`] where `PART`, else [`Simd::load`].
+    /// # Safety
+    /// As the one it stands for.
+    #[inline(always)]
+    unsafe fn load_some<const PART: bool>(self, p: *const f32, count: usize) -> Self::F {
+        // SAFETY: the caller's.
+        unsafe {
+            if PART {
+                self.load_part(p, count)
+            } else {
+                self.load(p)
+            }
+        }
+    }
+    /// [`Simd::store_part`] where `PART`, else [`Simd::store`].
+    /// # Safety
+    /// As the one it stands for.
+    #[inline(always)]
+    unsafe fn store_some<const PART: bool>(self, p: *mut f32, x: Self::F, count: usize) {
+        // SAFETY: the caller's.
+        unsafe {
+            if PART {
+                self.store_part(p, x, count)
+            } else {
+                self.store(p, x)
+            }
+        }
+    }
     /// # Safety
     /// `LANES` numbers are readable at `p`, which needs no alignment.
     unsafe fn load_f16(self, p: *const f16) -> Self::F;
@@ -258,6 +310,18 @@ mod tests {
                 };
                 for (n, sum) in s.sum_each([a, b, c, a, b, c, a, b]).into_iter().enumerate() {
                     assert!((sum - s.sum([a, b, c][n % 3])).abs() < 1e-3, "sum {n}: {sum}");
+                }
+                for count in 0..=S::LANES {
+                    let (mut whole, mut part) = ([0.0; 16], [-1.0; 17]);
+                    // SAFETY: no vector is longer than 16, and `count` numbers are there.
+                    unsafe {
+                        s.store(whole.as_mut_ptr(), s.load_part(&numbers[at], count));
+                        s.store_part(part.as_mut_ptr(), a, count);
+                    }
+                    assert_eq!(whole[..count], numbers[at..at + count], "lanes below {count}");
+                    assert!(whole[count..].iter().all(|x| *x == 0.0), "lanes from {count} on");
+                    assert_eq!(part[..count], numbers[at..at + count], "lanes below {count}");
+                    assert!(part[count..].iter().all(|x| *x == -1.0), "lanes from {count} on");
                 }
                 let mask = s.lt(a, b);
                 let (ia, ib) = (s.to_int(a), s.to_int(b));

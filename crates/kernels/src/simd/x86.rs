@@ -87,6 +87,21 @@ unsafe fn turn(from: *const f32, from_step: isize, to: *mut f32, to_step: isize)
     }
 }
 
+/// A mask of the first `count` lanes.
+///
+/// # Safety
+/// The processor has AVX2.
+#[inline(always)]
+unsafe fn first_lanes(count: usize) -> __m256i {
+    // SAFETY: the caller's.
+    unsafe {
+        _mm256_cmpgt_epi32(
+            _mm256_set1_epi32(count as i32),
+            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
+        )
+    }
+}
+
 impl Simd for Avx2 {
     const LANES: usize = 8;
     type F = __m256;
@@ -136,6 +151,16 @@ impl Simd for Avx2 {
             _mm256_storeu_ps(sums.as_mut_ptr(), sum);
         }
         sums
+    }
+    #[inline(always)]
+    unsafe fn load_part(self, p: *const f32, count: usize) -> Self::F {
+        // SAFETY: the caller's for the lanes that are read, the token's for the instructions.
+        unsafe { _mm256_maskload_ps(p, first_lanes(count)) }
+    }
+    #[inline(always)]
+    unsafe fn store_part(self, p: *mut f32, x: Self::F, count: usize) {
+        // SAFETY: the caller's for the lanes that are written, the token's for the instructions.
+        unsafe { _mm256_maskstore_ps(p, first_lanes(count), x) }
     }
     #[inline(always)]
     fn add(self, a: Self::F, b: Self::F) -> Self::F {
@@ -342,6 +367,16 @@ impl Simd for Avx512 {
         unsafe { _mm512_storeu_ps(p, x) }
     }
     #[inline(always)]
+    unsafe fn load_part(self, p: *const f32, count: usize) -> Self::F {
+        // SAFETY: the caller's for the lanes that are read, the token's for the instructions.
+        unsafe { _mm512_maskz_loadu_ps(((1_u32 << count) - 1) as __mmask16, p) }
+    }
+    #[inline(always)]
+    unsafe fn store_part(self, p: *mut f32, x: Self::F, count: usize) {
+        // SAFETY: the caller's for the lanes that are written, the token's for the instructions.
+        unsafe { _mm512_mask_storeu_ps(p, ((1_u32 << count) - 1) as __mmask16, x) }
+    }
+    #[inline(always)]
     fn add(self, a: Self::F, b: Self::F) -> Self::F {
         // SAFETY: the token says that the processor has the instruction.
         unsafe { _mm512_add_ps(a, b) }
@@ -485,6 +520,18 @@ impl Simd for Avx512 {
     fn sum(self, x: Self::F) -> f32 {
         // SAFETY: the token says that the processor has the instruction.
         unsafe { _mm512_reduce_add_ps(x) }
+    }
+    #[inline(always)]
+    fn sum_each(self, x: [Self::F; 8]) -> [f32; 8] {
+        // SAFETY: the token says that the processor has the instructions.
+        unsafe {
+            let mut folded = [_mm256_setzero_ps(); 8];
+            for (folded, x) in folded.iter_mut().zip(x) {
+                let high = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(x)));
+                *folded = _mm256_add_ps(_mm512_castps512_ps256(x), high);
+            }
+            Avx2(()).sum_each(folded)
+        }
     }
     #[inline(always)]
     fn largest(self, x: Self::F) -> f32 {

@@ -69,15 +69,15 @@ impl Kernel for Row<'_> {
         // SAFETY: the channels exist, and this row is this thread's.
         unsafe {
             while channel + VECTORS * S::LANES <= channels {
-                self.strip::<S, VECTORS>(s, &rows, &columns, channel);
+                self.strip::<S, VECTORS, false>(s, &rows, &columns, channel);
                 channel += VECTORS * S::LANES;
             }
             while channel + S::LANES <= channels {
-                self.strip::<S, 1>(s, &rows, &columns, channel);
+                self.strip::<S, 1, false>(s, &rows, &columns, channel);
                 channel += S::LANES;
             }
             if channel < channels {
-                self.rest(&rows, channel);
+                self.strip::<S, 1, true>(s, &rows, &columns, channel);
             }
         }
     }
@@ -108,12 +108,12 @@ impl Row<'_> {
         ((self.sample * height + self.row) * width + column) * channels
     }
 
-    /// The row for `V` vectors of channels from `channel` on.
+    /// The row for `V` vectors of channels from `channel` on; where `PART`, the last of them is the last channels.
     ///
     /// # Safety
     /// The channels exist, and the row is this thread's.
     #[inline(always)]
-    unsafe fn strip<S: Simd, const V: usize>(
+    unsafe fn strip<S: Simd, const V: usize, const PART: bool>(
         &self,
         s: S,
         rows: &Range<usize>,
@@ -132,16 +132,16 @@ impl Row<'_> {
             unsafe {
                 if !whole.contains(&column) {
                     let columns = inside(self.call, 2, column, self.call.x_dims[2]);
-                    self.tile::<S, 1, V>(s, &cells(columns), column, channel);
+                    self.tile::<S, 1, V, PART>(s, &cells(columns), column, channel);
                     column += 1;
                 } else if left >= TILE {
-                    self.tile::<S, TILE, V>(s, &all, column, channel);
+                    self.tile::<S, TILE, V, PART>(s, &all, column, channel);
                     column += TILE;
                 } else if left >= 3 {
-                    self.tile::<S, 3, V>(s, &all, column, channel);
+                    self.tile::<S, 3, V, PART>(s, &all, column, channel);
                     column += 3;
                 } else {
-                    self.tile::<S, 1, V>(s, &all, column, channel);
+                    self.tile::<S, 1, V, PART>(s, &all, column, channel);
                     column += 1;
                 }
             }
@@ -153,7 +153,7 @@ impl Row<'_> {
     /// # Safety
     /// The cells lie in the picture for all these pixels, the channels exist, and the row is this thread's.
     #[inline(always)]
-    unsafe fn tile<S: Simd, const T: usize, const V: usize>(
+    unsafe fn tile<S: Simd, const T: usize, const V: usize, const PART: bool>(
         &self,
         s: S,
         cells: &Cells,
@@ -162,6 +162,7 @@ impl Row<'_> {
     ) {
         let (call, params) = (self.call, &self.call.params);
         let channels = call.x_dims[3];
+        let there = channels - channel;
         let next = params.stride[2] as isize * call.x_steps[2];
         let beside = params.dilation[2] as isize * call.x_steps[2];
         let mut sums = [[s.zero(); V]; T];
@@ -173,13 +174,14 @@ impl Row<'_> {
                 let mut weights = [s.zero(); V];
                 for (v, weight) in weights.iter_mut().enumerate() {
                     // SAFETY: the weights of the cell, of these channels.
-                    *weight = unsafe { s.load(w.add(v * S::LANES)) };
+                    *weight = unsafe { s.load_some::<PART>(w.wrapping_add(v * S::LANES), there) };
                 }
                 for (t, sums) in sums.iter_mut().enumerate() {
                     let x = x.wrapping_offset(t as isize * next);
                     for v in 0..V {
                         // SAFETY: the channels of the cell of pixel `t`.
-                        sums[v] = s.fma(unsafe { s.load(x.add(v * S::LANES)) }, weights[v], sums[v]);
+                        let x = unsafe { s.load_some::<PART>(x.wrapping_add(v * S::LANES), there) };
+                        sums[v] = s.fma(x, weights[v], sums[v]);
                     }
                 }
                 w = w.wrapping_add(channels);
@@ -187,7 +189,7 @@ impl Row<'_> {
             }
         }
         // SAFETY: the caller's.
-        unsafe { self.put(s, sums, column, channel) };
+        unsafe { self.put::<S, T, V, PART>(s, sums, column, channel) };
     }
 
     /// What follows the sums of [`Row::tile`].
@@ -195,7 +197,7 @@ impl Row<'_> {
     /// # Safety
     /// As there.
     #[inline(always)]
-    unsafe fn put<S: Simd, const T: usize, const V: usize>(
+    unsafe fn put<S: Simd, const T: usize, const V: usize, const PART: bool>(
         &self,
         s: S,
         sums: [[S::F; V]; T],
@@ -205,9 +207,10 @@ impl Row<'_> {
         let (epilogue, y) = (&self.call.epilogue, self.call.y);
         let at = self.target(column) + channel;
         let channels = self.call.y_dims[3];
+        let there = (channels - channel).min(V * S::LANES);
         if epilogue.in_registers() {
             // SAFETY: the caller's.
-            return unsafe { epilogue.finish(s, sums, channel, (y, at, channels)) };
+            return unsafe { epilogue.finish::<S, T, V, PART>(s, sums, (channel, there), (y, at, channels)) };
         }
         let mut lines = [0.0; 16 * VECTORS * TILE];
         for (t, sums) in sums.into_iter().enumerate() {
@@ -218,33 +221,6 @@ impl Row<'_> {
         }
         let line = V * S::LANES;
         // SAFETY: the caller's.
-        unsafe { epilogue.put_lines(&mut lines[..T * line], line, line, channel, y, at, channels) };
-    }
-
-    /// The channels from `first` on, one by one.
-    ///
-    /// # Safety
-    /// The row is this thread's.
-    unsafe fn rest(&self, rows: &Range<usize>, first: usize) {
-        let channels = self.call.x_dims[3];
-        let weights = self.call.packed.data();
-        for column in 0..self.call.y_dims[2] {
-            let columns = inside(self.call, 2, column, self.call.x_dims[2]);
-            for channel in first..channels {
-                let mut sum = 0.0;
-                for i in rows.clone() {
-                    for j in columns.clone() {
-                        let w = weights[(i * self.call.params.kernel[2] + j) * channels + channel];
-                        // SAFETY: a channel of a cell in the picture.
-                        sum += w * unsafe { *self.pixel(i, j, column).add(channel) };
-                    }
-                }
-                let at = self.target(column) + channel;
-                // SAFETY: the caller's.
-                unsafe {
-                    self.call.epilogue.put_slice(&mut [sum], channel, self.call.y, at);
-                }
-            }
-        }
+        unsafe { epilogue.put_lines(&mut lines[..T * line], line, there, channel, y, at, channels) };
     }
 }

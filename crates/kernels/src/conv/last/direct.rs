@@ -265,10 +265,18 @@ impl<P: Fn(usize, &mut [*const f32])> Part<'_, P> {
         let sums = unsafe { windows::<S, R, V>(s, rows, self.product.runs, panel.as_ptr()) };
         let outputs = self.product.outputs;
         let there = (outputs - first).min(V * S::LANES);
-        if there == V * S::LANES && self.epilogue.in_registers() {
+        if self.epilogue.in_registers() {
             let place = (self.y, pixel * outputs + first, outputs);
             // SAFETY: these outputs exist and are this thread's.
-            return unsafe { self.epilogue.finish(s, sums, first, place) };
+            return unsafe {
+                if there == V * S::LANES {
+                    self.epilogue
+                        .finish::<S, R, V, false>(s, sums, (first, there), place);
+                } else {
+                    self.epilogue
+                        .finish::<S, R, V, true>(s, sums, (first, there), place);
+                }
+            };
         }
         let mut square = [0.0; 32 * ROWS];
         for (r, sums) in sums.into_iter().enumerate() {

@@ -143,24 +143,31 @@ impl<'a> Epilogue<'a> {
     }
 
     /// Finishes the sums of outputs `output..` of `R` pixels, for an epilogue that is [in registers](Epilogue::in_registers);
-    /// the first pixel's go to element `at` of the result `y`, the next one's `line` behind.
+    /// the first pixel's go to element `at` of the result `y`, the next one's `line` behind. Where `PART`, there are `there`
+    /// outputs of these, else as many as lanes.
     ///
     /// # Safety
     /// Bias, result and residual have these elements, and they are this thread's.
     #[inline(always)]
     #[allow(clippy::needless_range_loop)] // with iterators the sums leave their registers
-    pub(super) unsafe fn finish<S: Simd, const R: usize, const V: usize>(
+    pub(super) unsafe fn finish<S: Simd, const R: usize, const V: usize, const PART: bool>(
         &self,
         s: S,
         sums: [[S::F; V]; R],
-        output: usize,
+        (output, there): (usize, usize),
         (y, at, line): (Shared<f32>, usize, usize),
     ) {
+        let mut counts = [S::LANES; V];
+        for (v, count) in counts.iter_mut().enumerate() {
+            *count = there.saturating_sub(v * S::LANES).min(S::LANES);
+        }
         let mut vectors = [s.zero(); V];
         if let Some(bias) = self.bias {
             for (v, vector) in vectors.iter_mut().enumerate() {
                 // SAFETY: the caller's.
-                *vector = unsafe { s.load(bias.as_ptr().add(output + v * S::LANES)) };
+                *vector = unsafe {
+                    s.load_some::<PART>(bias.as_ptr().wrapping_add(output + v * S::LANES), counts[v])
+                };
             }
         }
         let bias = vectors;
@@ -169,13 +176,13 @@ impl<'a> Epilogue<'a> {
         let clipped = |[lo, hi]: [S::F; 2], x: S::F| s.min(hi, s.max(lo, x));
         let place = |r: usize, v: usize| (at + r * line + v * S::LANES) as isize;
         macro_rules! each {
-            ($x:ident, $at:ident => $value:expr) => {
+            ($x:ident, $at:ident, $count:ident => $value:expr) => {
                 for r in 0..R {
                     for v in 0..V {
-                        let ($x, $at) = (s.add(sums[r][v], bias[v]), place(r, v));
+                        let ($x, $at, $count) = (s.add(sums[r][v], bias[v]), place(r, v), counts[v]);
                         let value = $value;
                         // SAFETY: the caller's.
-                        unsafe { s.store(y.at($at), value) };
+                        unsafe { s.store_some::<PART>(y.at($at), value, $count) };
                     }
                 }
             };
@@ -183,15 +190,15 @@ impl<'a> Epilogue<'a> {
         match self.steps {
             Steps::Clip(range) => {
                 let range = clip(range);
-                each!(x, at => clipped(range, x));
+                each!(x, at, count => clipped(range, x));
             }
-            Steps::HardSwish(parameters) => each!(x, at => hard_swish(s, x, parameters)),
-            Steps::Silu => each!(x, at => silu(s, x)),
+            Steps::HardSwish(parameters) => each!(x, at, count => hard_swish(s, x, parameters)),
+            Steps::Silu => each!(x, at, count => silu(s, x)),
             Steps::Residual(residual, [first, last]) => {
                 let (first, last) = (clip(first), clip(last));
-                each!(x, at => {
+                each!(x, at, count => {
                     // SAFETY: the caller's.
-                    let beside = unsafe { s.load(residual.at(at)) };
+                    let beside = unsafe { s.load_some::<PART>(residual.at(at), count) };
                     clipped(last, s.add(clipped(first, x), beside))
                 });
             }
@@ -199,32 +206,45 @@ impl<'a> Epilogue<'a> {
                 for r in 0..R {
                     for v in 0..V {
                         let beside = v * S::LANES;
+                        let place = (output + beside, counts[v]);
                         // SAFETY: the caller's.
-                        unsafe { self.put(s, sums[r][v], output + beside, y, at + r * line + beside) };
+                        unsafe { self.put::<S, PART>(s, sums[r][v], place, y, at + r * line + beside) };
                     }
                 }
             }
         }
     }
 
-    /// Finishes `LANES` sums of outputs `output..` and stores them at element `at` of the result `y`.
+    /// Finishes `LANES` sums of outputs `output..`, or `there` of them where `PART`, and stores them at element `at` of the
+    /// result `y`.
     ///
     /// # Safety
     /// Bias, result and residual have these elements, and they are this thread's.
     #[inline(always)]
-    pub(super) unsafe fn put<S: Simd>(&self, s: S, mut sum: S::F, output: usize, y: Shared<f32>, at: usize) {
+    pub(super) unsafe fn put<S: Simd, const PART: bool>(
+        &self,
+        s: S,
+        mut sum: S::F,
+        (output, there): (usize, usize),
+        y: Shared<f32>,
+        at: usize,
+    ) {
         if let Some(bias) = self.bias {
             // SAFETY: the caller's.
-            sum = s.add(sum, unsafe { s.load(bias.as_ptr().add(output)) });
+            sum = s.add(sum, unsafe {
+                s.load_some::<PART>(bias.as_ptr().wrapping_add(output), there)
+            });
         }
         sum = self.activation.vector(s, sum);
         if let Some(residual) = self.residual {
             // SAFETY: the caller's.
-            sum = s.add(sum, unsafe { s.load(residual.at(at as isize)) });
+            sum = s.add(sum, unsafe {
+                s.load_some::<PART>(residual.at(at as isize), there)
+            });
         }
         sum = self.last.vector(s, sum);
         // SAFETY: the caller's.
-        unsafe { s.store(y.at(at as isize), sum) };
+        unsafe { s.store_some::<PART>(y.at(at as isize), sum, there) };
     }
 
     /// Finishes the sums of several pixels: lines of `line` numbers of which the first `there` are outputs `output..`; the
