@@ -76,7 +76,8 @@ pub enum Numerics {
     Default,
     /// Every result is rounded to the type that is written, as the program says.
     Faithful,
-    /// Leave to use bf16 matrix units. No kernel of this version has them: results and speed are those of `Default`.
+    /// As `Default`, but factors of convolutions, and of linear layers with more than a few rows, are rounded to bf16 (8 bits of
+    /// precision) on processors with instructions for it (AVX-512 BF16); elsewhere the same as `Default`.
     Fast,
 }
 

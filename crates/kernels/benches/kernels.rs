@@ -2,6 +2,7 @@
 //!
 //! `cargo bench -p candle-coreml-kernels -- matvec`
 
+use candle_coreml_kernels::Arithmetic;
 use candle_coreml_kernels::attention::{Attention, attention};
 use candle_coreml_kernels::elementwise::{Unary, unary};
 use candle_coreml_kernels::linear::{Epilogue, gated, linear, linear_many};
@@ -209,6 +210,7 @@ fn model(bencher: Bencher<'_, '_>, body: Kind, head: Kind, m: usize) {
                 &pool,
                 x576,
                 &[(q, None), (k, None), (v, None)],
+                Arithmetic::F32,
                 &mut outputs,
                 &mut scratch,
             );
@@ -219,7 +221,7 @@ fn model(bencher: Bencher<'_, '_>, body: Kind, head: Kind, m: usize) {
                 &pool,
                 x576,
                 (&block.gate, &block.up),
-                Unary::Silu,
+                (Unary::Silu, Arithmetic::F32),
                 y,
                 &mut scratch,
             );

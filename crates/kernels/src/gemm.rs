@@ -5,7 +5,7 @@
 //! weights are unpacked once per block of lanes and never transposed. Results are `[row][lane]`.
 
 use crate::loops::Shared;
-use crate::simd::{Isa, Kernel, Simd, dispatch, isa};
+use crate::simd::{Isa, Kernel, Simd, dispatch, dispatch_pairs, isa};
 use crate::weights::{Lines, Storage, Weights};
 use std::ops::Range;
 
@@ -25,6 +25,19 @@ pub(crate) fn panel_width() -> usize {
         Isa::Avx2 => 16,
         Isa::Neon | Isa::Portable => 8,
     }
+}
+
+/// How sums of products are made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Arithmetic {
+    /// In 32-bit floats.
+    #[default]
+    F32,
+    /// In 32-bit floats, every sum as it is written: without Winograd's transform.
+    InOrder,
+    /// Factors are rounded to bf16 (8 bits of precision), products summed in 32-bit floats, where this processor has
+    /// instructions for it and they pay; elsewhere as [`Arithmetic::F32`].
+    Bf16,
 }
 
 /// Where rows come from.
@@ -63,6 +76,8 @@ pub(crate) struct Gemm<'a> {
     pub rows: Rows<'a>,
     /// What is read after this product, asked of memory meanwhile.
     pub then: Lines,
+    /// Both sides are rounded to bf16: panels are `[panel][pair of k][width]` then.
+    pub pairs: bool,
 }
 
 /// What [`Gemm::block`] reads first of `rows`.
@@ -88,11 +103,15 @@ impl Gemm<'_> {
         space: &mut [f32],
     ) {
         let width = panel_width();
-        assert!(self.panels.len() >= panels.end * width * self.k, "gemm: panels");
+        let lines = if self.pairs { self.k.div_ceil(2) } else { self.k };
+        assert!(self.panels.len() >= panels.end * width * lines, "gemm: panels");
         assert!(c.len() >= rows.len() * panels.len() * width, "gemm: output");
         assert!(space.len() >= block_space(rows.len()), "gemm: working memory");
         if self.k == 0 {
             return c[..rows.len() * panels.len() * width].fill(0.0);
+        }
+        if self.pairs {
+            return self.block_of_pairs(rows, panels, c, space);
         }
         let mut start = 0;
         while start < self.k {
@@ -122,7 +141,7 @@ impl Gemm<'_> {
                 _ if start + depth == self.k => self.then,
                 _ => Lines::default(),
             };
-            dispatch(Block {
+            dispatch(Block::<false> {
                 after,
                 first,
                 stride,
@@ -137,10 +156,49 @@ impl Gemm<'_> {
             start += depth;
         }
     }
+
+    /// [`Gemm::block`] in pairs, as deep as as many numbers otherwise.
+    fn block_of_pairs(&self, rows: Range<usize>, panels: Range<usize>, c: &mut [f32], space: &mut [f32]) {
+        let (width, all) = (panel_width(), self.k.div_ceil(2));
+        let mut start = 0;
+        while start < all {
+            let depth = DEPTH.min(all - start);
+            let count = (2 * depth).min(self.k - 2 * start);
+            let (weights, row, column) = match self.rows {
+                Rows::Dense { .. } => unreachable!("rows of pairs are rounded"),
+                Rows::Stored(weights) => (weights, 0, 0),
+                Rows::Part { weights, first } => (weights, first.0, first.1),
+            };
+            for (row, to) in (row + rows.start..row + rows.end).zip(space.chunks_exact_mut(depth)) {
+                weights.decode_pairs(row, column + 2 * start, count, bytemuck::cast_slice_mut(to));
+            }
+            let next = 2 * (start + depth);
+            let after = match self.rows {
+                Rows::Stored(weights) if start + depth < all => {
+                    weights.lines(rows.clone(), next, (2 * DEPTH).min(self.k - next))
+                }
+                _ if start + depth == all => self.then,
+                _ => Lines::default(),
+            };
+            dispatch_pairs(Block::<true> {
+                after,
+                first: space.as_ptr(),
+                stride: depth as isize,
+                rows: rows.len(),
+                panel: &self.panels[(panels.start * all + start) * width..],
+                panel_step: width * all,
+                panels: panels.len(),
+                depth,
+                add: start > 0,
+                c,
+            });
+            start += depth;
+        }
+    }
 }
 
-/// One step of depth of [`Gemm::block`].
-struct Block<'a> {
+/// One step of depth of [`Gemm::block`]; elements are pairs of bf16 where `PAIRS`.
+struct Block<'a, const PAIRS: bool> {
     /// What is read after this step, asked of memory meanwhile.
     after: Lines,
     first: *const f32,
@@ -154,7 +212,7 @@ struct Block<'a> {
     c: &'a mut [f32],
 }
 
-impl Kernel for Block<'_> {
+impl<const PAIRS: bool> Kernel for Block<'_, PAIRS> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
@@ -174,12 +232,24 @@ impl Kernel for Block<'_> {
                 // decoded block), and the panel and the output were checked.
                 unsafe {
                     match count {
-                        6 => tile::<S, 6>(s, panel, first, self.stride, self.add, c.as_mut_ptr(), line),
-                        5 => tile::<S, 5>(s, panel, first, self.stride, self.add, c.as_mut_ptr(), line),
-                        4 => tile::<S, 4>(s, panel, first, self.stride, self.add, c.as_mut_ptr(), line),
-                        3 => tile::<S, 3>(s, panel, first, self.stride, self.add, c.as_mut_ptr(), line),
-                        2 => tile::<S, 2>(s, panel, first, self.stride, self.add, c.as_mut_ptr(), line),
-                        _ => tile::<S, 1>(s, panel, first, self.stride, self.add, c.as_mut_ptr(), line),
+                        6 => {
+                            tile::<S, 6, PAIRS>(s, panel, first, self.stride, self.add, c.as_mut_ptr(), line)
+                        }
+                        5 => {
+                            tile::<S, 5, PAIRS>(s, panel, first, self.stride, self.add, c.as_mut_ptr(), line)
+                        }
+                        4 => {
+                            tile::<S, 4, PAIRS>(s, panel, first, self.stride, self.add, c.as_mut_ptr(), line)
+                        }
+                        3 => {
+                            tile::<S, 3, PAIRS>(s, panel, first, self.stride, self.add, c.as_mut_ptr(), line)
+                        }
+                        2 => {
+                            tile::<S, 2, PAIRS>(s, panel, first, self.stride, self.add, c.as_mut_ptr(), line)
+                        }
+                        _ => {
+                            tile::<S, 1, PAIRS>(s, panel, first, self.stride, self.add, c.as_mut_ptr(), line)
+                        }
                     }
                 }
                 row += count;
@@ -198,7 +268,7 @@ impl Kernel for Block<'_> {
 /// writable at `c`, `line` apart.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)] // the innermost kernel; each of them is a register
-unsafe fn tile<S: Simd, const R: usize>(
+unsafe fn tile<S: Simd, const R: usize, const PAIRS: bool>(
     s: S,
     panel: &[f32],
     first: *const f32,
@@ -216,13 +286,13 @@ unsafe fn tile<S: Simd, const R: usize>(
     while k + 4 <= depth {
         for step in 0..4 {
             // SAFETY: step `k + step` is below the depth.
-            unsafe { tile_step(s, at.add((k + step) * width), &rows, k + step, &mut sums) };
+            unsafe { tile_step::<S, R, PAIRS>(s, at.add((k + step) * width), &rows, k + step, &mut sums) };
         }
         k += 4;
     }
     while k < depth {
         // SAFETY: step `k` is below the depth.
-        unsafe { tile_step(s, at.add(k * width), &rows, k, &mut sums) };
+        unsafe { tile_step::<S, R, PAIRS>(s, at.add(k * width), &rows, k, &mut sums) };
         k += 1;
     }
     for (r, sums) in sums.into_iter().enumerate() {
@@ -243,7 +313,7 @@ unsafe fn tile<S: Simd, const R: usize>(
 /// # Safety
 /// `2 * LANES` numbers are readable at `x`, and each row has an element `k`.
 #[inline(always)]
-unsafe fn tile_step<S: Simd, const R: usize>(
+unsafe fn tile_step<S: Simd, const R: usize, const PAIRS: bool>(
     s: S,
     x: *const f32,
     rows: &[*const f32; R],
@@ -255,8 +325,13 @@ unsafe fn tile_step<S: Simd, const R: usize>(
     for r in 0..R {
         // SAFETY: the caller's.
         let w = s.splat(unsafe { *rows[r].add(k) });
-        sums[r][0] = s.fma(w, x0, sums[r][0]);
-        sums[r][1] = s.fma(w, x1, sums[r][1]);
+        if PAIRS {
+            sums[r][0] = s.dot_pairs(w, x0, sums[r][0]);
+            sums[r][1] = s.dot_pairs(w, x1, sums[r][1]);
+        } else {
+            sums[r][0] = s.fma(w, x0, sums[r][0]);
+            sums[r][1] = s.fma(w, x1, sums[r][1]);
+        }
     }
 }
 
@@ -389,6 +464,7 @@ mod tests {
                     k,
                     rows,
                     then: Lines::default(),
+                    pairs: false,
                 }
                 .block(0..n, 0..count, &mut c, &mut space)
             };

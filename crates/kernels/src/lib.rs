@@ -40,6 +40,7 @@ pub use conv::{
 pub use copy::{ConvertTo, copy, f16_to_f32, f32_to_f16, round_to_f16};
 pub use elementwise::*;
 pub use gather::{gather, gather_rows, wrap_index};
+pub use gemm::Arithmetic;
 pub use linear::{Epilogue, gated, linear, linear_many};
 pub use matmul::{Operand, matmul_f32};
 pub use norm::*;

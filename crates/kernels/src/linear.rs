@@ -3,14 +3,15 @@
 //! Few tokens go vector by vector, reading the weights as stored; more go through the blocked product in `gemm`.
 
 use crate::elementwise::{Unary, apply_slice};
-use crate::gemm::{Gemm, Rows, SQUARE, block_space, opening, pack_panels, panel_width};
+use crate::gemm::{Arithmetic, Gemm, Rows, SQUARE, block_space, opening, pack_panels, panel_width};
 use crate::loops::Shared;
 use crate::matvec::{self, Prepared};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
-use crate::simd::{Kernel, Simd, dispatch};
+use crate::simd::{Kernel, Simd, dispatch, dispatch_pairs, has_pairs};
 use crate::strided::{View, ViewMut};
-use crate::weights::{Lines, Weights};
+use crate::weights::{Lines, Round, Weights};
+use half::bf16;
 use std::ops::Range;
 
 /// Up to this many tokens are multiplied one by one.
@@ -26,7 +27,7 @@ const CHUNK_BYTES: usize = 16 * 1024;
 const GEMM_ROWS: usize = 48;
 const GEMM_TOKENS: usize = 256;
 
-/// What happens to a result before it is stored: `activation(sum + bias) + residual`.
+/// How a result is made, and what happens to it before it is stored: `activation(sum + bias) + residual`.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Epilogue<'a> {
     /// One value per output, N of them.
@@ -35,6 +36,8 @@ pub struct Epilogue<'a> {
     pub activation: Option<Unary>,
     /// Added last, `[m, n]`.
     pub residual: Option<View<'a, f32>>,
+    /// How sums are made when there are many rows of `x`; few are multiplied as the weights are stored.
+    pub arithmetic: Arithmetic,
 }
 
 /// One weight matrix applied to the common input.
@@ -48,6 +51,8 @@ struct Layer<'a> {
     residual: Option<(Shared<f32>, [isize; 2])>,
     y: Shared<f32>,
     steps: [isize; 2],
+    /// Many tokens are multiplied in pairs of bf16.
+    pairs: bool,
 }
 
 impl<'a> Layer<'a> {
@@ -79,6 +84,7 @@ impl<'a> Layer<'a> {
             residual,
             y: Shared(y.ptr()),
             steps,
+            pairs: epilogue.arithmetic == Arithmetic::Bf16 && has_pairs(),
         }
     }
 
@@ -169,7 +175,7 @@ pub fn gated(
     pool: &Pool,
     x: View<'_, f32>,
     (gate, up): (&Weights, &Weights),
-    act: Unary,
+    (act, arithmetic): (Unary, Arithmetic),
     mut y: ViewMut<'_, f32>,
     scratch: &mut Scratch,
 ) {
@@ -179,6 +185,7 @@ pub fn gated(
     );
     let epilogue = Epilogue {
         activation: Some(act),
+        arithmetic,
         ..Epilogue::default()
     };
     let layer = Layer {
@@ -200,6 +207,7 @@ pub fn linear_many(
     pool: &Pool,
     x: View<'_, f32>,
     layers: &[(&Weights, Option<&[f32]>)],
+    arithmetic: Arithmetic,
     outputs: &mut [ViewMut<'_, f32>],
     scratch: &mut Scratch,
 ) {
@@ -215,6 +223,7 @@ pub fn linear_many(
                 y,
                 &Epilogue {
                     bias: *bias,
+                    arithmetic,
                     ..Epilogue::default()
                 },
             ));
@@ -319,16 +328,29 @@ fn many(pool: &Pool, x: View<'_, f32>, layers: &[Layer<'_>], scratch: &mut Scrat
     let panels_each = (GEMM_TOKENS / width).min(panels).max(1);
     let token_blocks = panels.div_ceil(panels_each);
     let each = block_space(GEMM_ROWS) + 2 * GEMM_ROWS * panels_each * width;
-    let space = scratch.f32(panels * width * k + each * pool.threads());
-    let (packed, work) = space.split_at_mut(panels * width * k);
-    let (target, source) = (Shared(packed.as_mut_ptr()), Shared::of(x.ptr()));
-    let steps = [x.strides()[0], x.strides()[1]];
-    pool.run_ranges(panels, (16384 / (width * k).max(1)).max(1), &|range| {
-        let to = target.at((range.start * width * k) as isize);
+    let pairs = layers[0].pairs;
+    // Elements of a token: in pairs, the rounded tokens lie behind the panels.
+    let (elements, rounded) = if pairs {
+        (k.div_ceil(2), m * k.div_ceil(2))
+    } else {
+        (k, 0)
+    };
+    let space = scratch.f32(panels * width * elements + rounded + each * pool.threads());
+    let (packed, rest) = space.split_at_mut(panels * width * elements);
+    let (rounded, work) = rest.split_at_mut(rounded);
+    let target = Shared(packed.as_mut_ptr());
+    let (source, steps) = if pairs {
+        round_tokens(pool, &x, rounded);
+        (Shared::of(rounded.as_ptr()), [elements as isize, 1])
+    } else {
+        (Shared::of(x.ptr()), [x.strides()[0], x.strides()[1]])
+    };
+    pool.run_ranges(panels, (16384 / (width * elements).max(1)).max(1), &|range| {
+        let to = target.at((range.start * width * elements) as isize);
         // SAFETY: the panels of `range` are this thread's part of `packed`.
-        let to = unsafe { std::slice::from_raw_parts_mut(to, range.len() * width * k) };
-        // SAFETY: `x` holds `[m, k]`.
-        unsafe { pack_panels(source, steps, m, k, range, to) };
+        let to = unsafe { std::slice::from_raw_parts_mut(to, range.len() * width * elements) };
+        // SAFETY: the source holds `m` tokens of `elements`.
+        unsafe { pack_panels(source, steps, m, elements, range, to) };
     });
     let packed = &*packed;
     let work = Shared(work.as_mut_ptr());
@@ -358,6 +380,35 @@ fn many(pool: &Pool, x: View<'_, f32>, layers: &[Layer<'_>], scratch: &mut Scrat
     });
 }
 
+/// The tokens in pairs of bf16, side by side; a zero behind an odd number of elements.
+fn round_tokens(pool: &Pool, x: &View<'_, f32>, rounded: &mut [f32]) {
+    let [m, k] = [x.shape()[0], x.shape()[1]];
+    let pairs = k.div_ceil(2);
+    let (source, steps, to) = (
+        Shared::of(x.ptr()),
+        [x.strides()[0], x.strides()[1]],
+        Shared(rounded.as_mut_ptr()),
+    );
+    pool.run_ranges(m, (16384 / pairs.max(1)).max(1), &|range| {
+        for token in range {
+            // SAFETY: the pairs of a token are this thread's.
+            let to = unsafe { std::slice::from_raw_parts_mut(to.at((token * pairs) as isize), pairs) };
+            let (to, rest) = bytemuck::cast_slice_mut::<f32, bf16>(to).split_at_mut(k);
+            rest.fill(bf16::ZERO);
+            let from = source.at(token as isize * steps[0]);
+            if steps[1] == 1 {
+                // SAFETY: the elements of a token lie side by side.
+                dispatch_pairs(Round(unsafe { std::slice::from_raw_parts(from, k) }, to));
+                continue;
+            }
+            for (i, to) in to.iter_mut().enumerate() {
+                // SAFETY: an element of the token.
+                *to = bf16::from_f32(unsafe { *from.wrapping_offset(i as isize * steps[1]) });
+            }
+        }
+    });
+}
+
 /// Rows `rows` of a layer for the tokens of panels `panels`, which are this thread's; `then` is what it reads after them.
 fn many_rows(
     layer: &Layer<'_>,
@@ -373,12 +424,16 @@ fn many_rows(
     let (sums, ups) = sums.split_at_mut(sums.len() / 2);
     let first = panels.start * width;
     let count = line.min(m - first);
+    let rows_of = |w| {
+        if layer.pairs { Rows::Stored(w) } else { Rows::of(w) }
+    };
     // SAFETY: the rows of a weight matrix have its columns, `k` of them.
     unsafe {
         Gemm {
             panels: packed,
             k,
-            rows: Rows::of(layer.w),
+            rows: rows_of(layer.w),
+            pairs: layer.pairs,
             then: layer.up.map_or(then, |up| opening(up, rows.clone())),
         }
         .block(rows.clone(), panels.clone(), sums, space)
@@ -392,7 +447,8 @@ fn many_rows(
             Gemm {
                 panels: packed,
                 k,
-                rows: Rows::of(up),
+                rows: rows_of(up),
+                pairs: layer.pairs,
                 then,
             }
             .block(rows.clone(), panels, ups, space)
@@ -577,13 +633,14 @@ mod tests {
             let mut scratch = Scratch::new();
             let dense = dense_strides(&out_shape);
             let epilogue = Epilogue {
+                arithmetic: Arithmetic::F32,
                 bias: (extras > 0).then_some(&bias[..]),
                 activation: (extras == 2).then_some(Unary::Silu),
                 residual: (extras > 1).then(|| View::new(&residual, 0, &out_shape, &dense[..2]).unwrap()),
             };
             let out = ViewMut::new(&mut y, 0, &out_shape, &out_strides).unwrap();
             if extras == 3 {
-                gated(&pool, view, (&w, &up), Unary::Tanh, out, &mut scratch);
+                gated(&pool, view, (&w, &up), (Unary::Tanh, Arithmetic::F32), out, &mut scratch);
             } else {
                 linear(&pool, view, &w, out, &epilogue, &mut scratch);
             }
@@ -627,7 +684,14 @@ mod tests {
                 .map(|((y, shape), strides)| ViewMut::new(y, 0, shape, strides).unwrap())
                 .collect();
             let layers = [(&all[0], None), (&all[1], Some(&bias[..])), (&all[2], None)];
-            linear_many(&pool, view, &layers, &mut outputs, &mut Scratch::new());
+            linear_many(
+                &pool,
+                view,
+                &layers,
+                Arithmetic::F32,
+                &mut outputs,
+                &mut Scratch::new(),
+            );
             for (i, (w, bias)) in layers.into_iter().enumerate() {
                 let mut alone = vec![f32::NAN; m * w.rows()];
                 let out = ViewMut::new(&mut alone, 0, &shapes[i], &strides[i]).unwrap();

@@ -324,6 +324,7 @@ impl Product {
             k: self.k,
             rows: source,
             then: Lines::default(),
+            pairs: false,
         };
         // SAFETY: the rows of the operand, or their packed copy.
         unsafe { gemm.block(rows.clone(), panels.clone(), c, space) };

@@ -2,7 +2,7 @@
 
 use crate::layout::{Shape, elements};
 use bytes::Bytes;
-use candle_coreml_kernels::{ConvParams, PackedConv, Weights};
+use candle_coreml_kernels::{Arithmetic, ConvParams, PackedConv, Weights};
 use candle_coreml_mil::DType;
 use half::{bf16, f16};
 use std::sync::{Arc, OnceLock};
@@ -266,14 +266,14 @@ impl Const {
         (rows, cols): (usize, usize),
         params: &ConvParams,
         pixels: [usize; 2],
-        exact_order: bool,
+        arithmetic: Arithmetic,
     ) -> Result<Arc<PackedConv>, String> {
-        let fits = |known: &&Arc<PackedConv>| known.serves(params, pixels, exact_order);
+        let fits = |known: &&Arc<PackedConv>| known.serves(params, pixels, arithmetic);
         if let Some(known) = self.packed.get().filter(fits) {
             return Ok(known.clone());
         }
         let weights = self.make_weights(rows, cols)?;
-        let made = Arc::new(PackedConv::new(&weights, params, pixels, exact_order));
+        let made = Arc::new(PackedConv::new(&weights, params, pixels, arithmetic));
         // Another thread, or another window, may have been first.
         let _ = self.packed.set(made.clone());
         Ok(made)

@@ -26,7 +26,8 @@ pub enum Numerics {
     Default,
     /// Results of fp16 operations rounded to fp16, each one; no operations merged.
     Faithful,
-    /// Leave to use bf16 matrix units. No kernel of this version has them: it computes as `Default`.
+    /// As `Default`, but factors of convolutions, and of linear layers with more than a few rows, are rounded to bf16 (8 bits of
+    /// precision) on processors with instructions for it (AVX-512 BF16); elsewhere the same as `Default`.
     Fast,
 }
 
@@ -300,6 +301,7 @@ impl Model {
     fn lower_options(&self) -> LowerOptions {
         LowerOptions {
             faithful: self.faithful(),
+            fast: self.shared.options.numerics == Numerics::Fast,
             pool: self.shared.pool.clone(),
             constants: self.shared.constants.clone(),
         }

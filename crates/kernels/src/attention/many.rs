@@ -104,6 +104,7 @@ fn panel(
             k: call.size,
             rows: keys,
             then: Lines::default(),
+            pairs: false,
         }
         .block(0..seen, 0..1, scores, space)
     };
@@ -127,6 +128,7 @@ fn panel(
             k: seen,
             rows: values,
             then: Lines::default(),
+            pairs: false,
         }
         .block(0..call.v_size, 0..1, out, space)
     };

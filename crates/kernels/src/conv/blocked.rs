@@ -99,6 +99,7 @@ fn positions_of(
             k,
             rows,
             then: Lines::default(),
+            pairs: false,
         };
         // SAFETY: the rows of the group, `k` elements each.
         unsafe { gemm.block(block.clone(), 0..count, c, space) };

@@ -6,6 +6,7 @@ use super::{Isa, forced, isa};
 use crate::attention::{Attention, attention};
 use crate::conv::{Conv, ConvLast, ConvParams, PackedConv, conv, conv_last};
 use crate::elementwise::{Binary, Unary, binary, unary};
+use crate::gemm::Arithmetic;
 use crate::linear::{Epilogue, gated, linear};
 use crate::matmul::Operand;
 use crate::matvec::tests::random;
@@ -138,12 +139,71 @@ proptest! {
             let w = weights(kind, n, k, offset, seed);
             if double {
                 let up = weights(kind, n, k, offset, seed ^ 1);
-                gated(pool, x.view(&xs, &xd), (&w, &up), Unary::Tanh, out, scratch);
+                gated(pool, x.view(&xs, &xd), (&w, &up), (Unary::Tanh, Arithmetic::F32), out, scratch);
             } else {
                 let epilogue = Epilogue { bias: Some(bias.all()), activation: Some(Unary::Silu), ..Epilogue::default() };
                 linear(pool, x.view(&xs, &xd), &w, out, &epilogue, scratch);
             }
             y.split_off(offset)
+        })?;
+    }
+
+    #[test]
+    fn layers_in_bf16(
+        m in 5_usize..70, n in 1_usize..70, k in 1_usize..1200, kind in 0_usize..6, offset in 0_usize..5,
+        turned in any::<bool>(), seed in any::<u64>(),
+    ) {
+        let mut seed = seed;
+        let x = Numbers::new(m * k, offset, &mut seed);
+        let bias = Numbers::new(n, offset, &mut seed);
+        // The portable set has no pairs of bf16. Factors have 8 bits.
+        same("a layer in bf16", 0.03, |pool, scratch| {
+            let (xs, ys) = ([m, k], [m, n]);
+            let xd = if turned { [1, m as isize] } else { [k as isize, 1] };
+            let yd = dense_strides(&ys);
+            let mut y = vec![f32::NAN; m * n];
+            let out = ViewMut::new(&mut y, 0, &ys, &yd[..2]).unwrap();
+            let w = weights(kind, n, k, offset, seed);
+            let epilogue = Epilogue { bias: Some(bias.all()), arithmetic: Arithmetic::Bf16, ..Epilogue::default() };
+            linear(pool, x.view(&xs, &xd), &w, out, &epilogue, scratch);
+            y
+        })?;
+    }
+
+    #[test]
+    fn windows_in_bf16(
+        size in (1_usize..24, 1_usize..24), channels in 1_usize..70, outputs in 1_usize..70, kernel in 1_usize..4,
+        stride in 1_usize..3, apart in any::<bool>(), seed in any::<u64>(),
+    ) {
+        let mut seed = seed;
+        let channels = if apart { channels % 4 + 1 } else { channels };
+        let pad = kernel / 2;
+        let params = ConvParams {
+            kernel: [1, kernel, kernel],
+            stride: [1, stride, stride],
+            pad_before: [0, pad, pad],
+            pad_after: [0, pad, pad],
+            ..ConvParams::default()
+        };
+        let (Some(oh), Some(ow)) = (params.output_len(1, size.0), params.output_len(2, size.1)) else { return Ok(()) };
+        let (xs, ys) = ([2, size.0, size.1, channels], [2, oh, ow, outputs]);
+        let plane = size.0 * size.1;
+        let xd = if apart {
+            [channels * plane, size.1, 1, plane].map(|step| step as isize)
+        } else {
+            [channels * plane, channels * size.1, channels, 1].map(|step| step as isize)
+        };
+        let yd = dense_strides(&ys);
+        let x = Numbers::new(xs.iter().product(), 3, &mut seed);
+        let bias = Numbers::new(outputs, 1, &mut seed);
+        let w = weights(0, outputs, channels * kernel * kernel, 0, seed);
+        same("a window in bf16", 0.03, |pool, scratch| {
+            let packed = PackedConv::new(&w, &params, [oh, ow], Arithmetic::Bf16);
+            let mut y = vec![f32::NAN; ys.iter().product()];
+            let out = ViewMut::new(&mut y, 0, &ys, &yd[..4]).unwrap();
+            let call = ConvLast { packed: &packed, bias: Some(bias.all()), activation: Some(Unary::Relu), residual: Default::default(), last: None };
+            conv_last(pool, x.view(&xs, &xd), &call, out, scratch);
+            y
         })?;
     }
 
@@ -253,7 +313,7 @@ proptest! {
             }
             let w = weights(0, outputs, depth, 0, seed);
             if crate::has_conv_last(&params, channels, outputs) {
-                let packed = PackedConv::new(&w, &params, [oh, ow], false);
+                let packed = PackedConv::new(&w, &params, [oh, ow], Arithmetic::F32);
                 let call = ConvLast { packed: &packed, bias: None, activation: None, residual: Default::default(), last: None };
                 conv_last(pool, x.view(&xs, &xd), &call, ViewMut::new(&mut y, 0, &ys, &yd[..4]).unwrap(), scratch);
             } else {

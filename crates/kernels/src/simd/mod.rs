@@ -13,7 +13,7 @@ mod x86;
 
 pub(crate) use scalar::Scalar;
 
-use half::f16;
+use half::{bf16, f16};
 
 /// Operations on vectors of [`Simd::LANES`] numbers. `min`, `max`: when a lane of either operand is NaN, the result
 /// is NaN or the second operand.
@@ -129,6 +129,20 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// With copies of the sign.
     fn shr<const N: i32>(self, a: Self::I) -> Self::I;
 
+    /// Rounds to bf16, nearest even.
+    /// # Safety
+    /// `LANES` numbers are writable at `p`, which needs no alignment.
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut bf16, x: Self::F) {
+        // SAFETY: the caller's.
+        unsafe { store_bf16_apart(self, p, x) }
+    }
+    /// `c` plus the products of two pairs of bf16 in every lane, which hold the first of a pair in their lower bits.
+    #[inline(always)]
+    fn dot_pairs(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        dot_pairs_apart(self, a, b, c)
+    }
+
     fn sum(self, x: Self::F) -> f32;
     /// The sum of each of eight vectors.
     #[inline(always)]
@@ -201,6 +215,35 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         // SAFETY: as above.
         unsafe { self.load(buffer.as_ptr()) }
     }
+}
+
+/// [`Simd::store_bf16`] one by one.
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+unsafe fn store_bf16_apart<S: Simd>(s: S, p: *mut bf16, x: S::F) {
+    let mut buffer = [0.0; 16];
+    // SAFETY: the caller's; no vector is longer than sixteen lanes.
+    unsafe {
+        s.store(buffer.as_mut_ptr(), x);
+        for (i, x) in buffer.into_iter().enumerate().take(S::LANES) {
+            *p.add(i) = bf16::from_f32(x);
+        }
+    }
+}
+
+/// [`Simd::dot_pairs`] of numbers widened to 32 bits.
+#[inline(always)]
+fn dot_pairs_apart<S: Simd>(s: S, a: S::F, b: S::F, c: S::F) -> S::F {
+    let (a, b) = (s.bits(a), s.bits(b));
+    let high = s.shl::<16>(s.int(-1));
+    let low = s.fma(s.from_bits(s.shl::<16>(a)), s.from_bits(s.shl::<16>(b)), c);
+    s.fma(
+        s.from_bits(s.int_and(a, high)),
+        s.from_bits(s.int_and(b, high)),
+        low,
+    )
 }
 
 /// A computation written for any instruction set. `run` must be `#[inline(always)]`, and so must what it calls with
@@ -286,6 +329,25 @@ pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Out {
     }
 }
 
+/// Whether this processor multiplies pairs of bf16 in one instruction: [`dispatch_pairs`] pays.
+pub(crate) fn has_pairs() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return isa() == Isa::Avx512 && is_x86_feature_detected!("avx512bf16");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// As [`dispatch`], for a kernel of pairs of bf16.
+#[inline]
+pub(crate) fn dispatch_pairs<K: Kernel>(kernel: K) -> K::Out {
+    #[cfg(target_arch = "x86_64")]
+    if has_pairs() {
+        // SAFETY: the instructions were found.
+        return unsafe { x86::with_avx512_bf16(kernel) };
+    }
+    dispatch(kernel)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -298,7 +360,7 @@ mod tests {
         #[inline(always)]
         fn run<S: Simd>(self, s: S) -> Self::Out {
             let numbers: Vec<f32> = (0..80).map(|i| (i as f32 - 20.0) * 0.37 + 0.011).collect();
-            let mut all = vec![Vec::new(); 26];
+            let mut all = vec![Vec::new(); 28];
             for at in (0..48).step_by(S::LANES) {
                 // SAFETY: 80 numbers, and no vector is longer than 16.
                 let (a, b, c) = unsafe {
@@ -323,6 +385,13 @@ mod tests {
                     assert_eq!(part[..count], numbers[at..at + count], "lanes below {count}");
                     assert!(part[count..].iter().all(|x| *x == -1.0), "lanes from {count} on");
                 }
+                let pair = |i: usize| {
+                    let bits = |i: usize| u32::from(bf16::from_f32(numbers[i]).to_bits());
+                    f32::from_bits(bits(i) | bits(i + 1) << 16)
+                };
+                let lines: [[f32; 16]; 2] = [at, at + 11].map(|from| std::array::from_fn(|i| pair(from + i)));
+                // SAFETY: sixteen numbers each.
+                let pairs = unsafe { [s.load(lines[0].as_ptr()), s.load(lines[1].as_ptr())] };
                 let mask = s.lt(a, b);
                 let (ia, ib) = (s.to_int(a), s.to_int(b));
                 let results = [
@@ -351,6 +420,7 @@ mod tests {
                     s.with_sign(s.abs(b), a),
                     s.splat(if s.any(mask) { 1.0 } else { 0.0 }),
                     s.lanes(a, |x| x * 2.0),
+                    s.dot_pairs(pairs[0], pairs[1], c),
                 ];
                 for (n, result) in results.into_iter().enumerate() {
                     let mut out = [0.0; 16];
@@ -364,7 +434,11 @@ mod tests {
                     let back = unsafe { s.load_f16(half.as_ptr()) };
                     // SAFETY: as above.
                     unsafe { s.store(out.as_mut_ptr(), back) };
-                    all[25].extend(&out[..S::LANES]);
+                    all[26].extend(&out[..S::LANES]);
+                    let mut short = [bf16::ZERO; 16];
+                    // SAFETY: as above.
+                    unsafe { s.store_bf16(short.as_mut_ptr(), result) };
+                    all[27].extend(short[..S::LANES].iter().map(|x| x.to_f32()));
                     let sum: f32 = s.sum(result) - all[n][all[n].len() - S::LANES..].iter().sum::<f32>();
                     assert!(sum.abs() < 1e-1, "sum {sum}");
                     let largest = all[n][all[n].len() - S::LANES..]
@@ -374,15 +448,21 @@ mod tests {
                     assert_eq!(s.largest(result), largest);
                 }
             }
-            all[25].sort_by(f32::total_cmp);
+            all[26].sort_by(f32::total_cmp);
+            all[27].sort_by(f32::total_cmp);
             all
         }
     }
 
     #[test]
     fn the_best_instruction_set_agrees_with_the_portable_one() {
-        let (best, portable) = (dispatch(Everything), Everything.run(Scalar));
-        for (n, (best, portable)) in best.iter().zip(&portable).enumerate() {
+        let portable = Everything.run(Scalar);
+        agrees(dispatch(Everything), &portable);
+        agrees(dispatch_pairs(Everything), &portable);
+    }
+
+    fn agrees(best: Vec<Vec<f32>>, portable: &[Vec<f32>]) {
+        for (n, (best, portable)) in best.iter().zip(portable).enumerate() {
             assert_eq!(best.len(), portable.len());
             for (a, b) in best.iter().zip(portable) {
                 assert!(

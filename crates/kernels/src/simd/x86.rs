@@ -1,7 +1,7 @@
 //! AVX2 with FMA and F16C, and AVX-512.
 
 use super::{Kernel, Simd};
-use half::f16;
+use half::{bf16, f16};
 use std::arch::x86_64::*;
 
 /// Runs `kernel` with AVX2.
@@ -19,7 +19,16 @@ pub(super) unsafe fn with_avx2<K: Kernel>(kernel: K) -> K::Out {
 /// The processor has AVX-512 F and BW, AVX2, FMA and F16C.
 #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
 pub(super) unsafe fn with_avx512<K: Kernel>(kernel: K) -> K::Out {
-    kernel.run(Avx512(()))
+    kernel.run(Avx512::<false>(()))
+}
+
+/// Runs `kernel` with AVX-512 and its products of bf16.
+///
+/// # Safety
+/// As [`with_avx512`], and the processor has AVX-512 BF16.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16,avx2,fma,f16c")]
+pub(super) unsafe fn with_avx512_bf16<K: Kernel>(kernel: K) -> K::Out {
+    kernel.run(Avx512::<true>(()))
 }
 
 /// Proof of AVX2, FMA and F16C.
@@ -327,11 +336,11 @@ impl Simd for Avx2 {
     }
 }
 
-/// Proof of AVX-512 F and BW, and of what [`Avx2`] proves.
+/// Proof of AVX-512 F and BW, of BF16 where it says so, and of what [`Avx2`] proves.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Avx512(());
+pub(crate) struct Avx512<const BF16: bool>(());
 
-impl Simd for Avx512 {
+impl<const BF16: bool> Simd for Avx512<BF16> {
     const LANES: usize = 16;
     type F = __m512;
     type I = __m512i;
@@ -515,6 +524,30 @@ impl Simd for Avx512 {
     fn shr<const N: i32>(self, a: Self::I) -> Self::I {
         // SAFETY: the token says that the processor has the instruction.
         unsafe { _mm512_srav_epi32(a, _mm512_set1_epi32(N)) }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut bf16, x: Self::F) {
+        if !BF16 {
+            // SAFETY: the caller's.
+            return unsafe { super::store_bf16_apart(self, p, x) };
+        }
+        // SAFETY: the caller's for the memory, the token's for the instructions; the types are of one size.
+        unsafe {
+            let halves = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x));
+            _mm256_storeu_si256(p.cast(), halves);
+        }
+    }
+    #[inline(always)]
+    fn dot_pairs(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        if !BF16 {
+            return super::dot_pairs_apart(self, a, b, c);
+        }
+        // SAFETY: the token says that the processor has the instruction; the types are of one size.
+        unsafe {
+            let a = std::mem::transmute::<__m512, __m512bh>(a);
+            let b = std::mem::transmute::<__m512, __m512bh>(b);
+            _mm512_dpbf16_ps(c, a, b)
+        }
     }
     #[inline(always)]
     fn sum(self, x: Self::F) -> f32 {

@@ -7,8 +7,10 @@ pub(crate) use affine::Affine;
 #[cfg_attr(not(target_arch = "x86_64"), allow(unused_imports))]
 pub(crate) use lut::{FixedTables, Lut};
 
+use crate::matvec::Stored;
+use crate::simd::{Kernel, Simd, dispatch_pairs};
 use bytes::Bytes;
-use half::f16;
+use half::{bf16, f16};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -241,6 +243,25 @@ impl Weights {
         }
     }
 
+    /// Columns `first..first + count` of row `row`, rounded to bf16; a zero behind an odd count.
+    pub(crate) fn decode_pairs(&self, row: usize, first: usize, count: usize, out: &mut [bf16]) {
+        let (out, rest) = out.split_at_mut(count);
+        rest.fill(bf16::ZERO);
+        let start = row * self.cols() + first;
+        match self.storage() {
+            Storage::F32(data) => dispatch_pairs(Round(&data.f32()[start..start + count], out)),
+            Storage::F16(data) => dispatch_pairs(Round(&data.f16()[start..start + count], out)),
+            Storage::Lut(_) | Storage::Affine(_) => {
+                let mut wide = [0.0; 512];
+                for (i, out) in out.chunks_mut(wide.len()).enumerate() {
+                    let wide = &mut wide[..out.len()];
+                    self.decode(row, first + i * 512, wide);
+                    dispatch_pairs(Round(wide, out));
+                }
+            }
+        }
+    }
+
     /// Where the part of some rows lies that [`Weights::decode_block`] reads, when it does little besides waiting for it.
     pub(crate) fn lines(&self, rows: Range<usize>, first: usize, depth: usize) -> Lines {
         let (Storage::F16(data), true) = (self.storage(), rows.end <= self.rows()) else {
@@ -264,6 +285,27 @@ impl Weights {
             Storage::F32(data) | Storage::F16(data) => data.0.len(),
             Storage::Lut(lut) => lut.bytes(),
             Storage::Affine(affine) => affine.bytes(),
+        }
+    }
+}
+
+/// Numbers rounded to bf16, as many as there is room for.
+pub(crate) struct Round<'a, T>(pub &'a [T], pub &'a mut [bf16]);
+
+impl<T: Stored> Kernel for Round<'_, T> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Round(from, to) = self;
+        assert_eq!(from.len(), to.len(), "as many numbers as room");
+        let mut at = 0;
+        while at + S::LANES <= to.len() {
+            // SAFETY: a vector of both.
+            unsafe { s.store_bf16(to.as_mut_ptr().add(at), T::load(s, from.as_ptr().add(at))) };
+            at += S::LANES;
+        }
+        for (to, from) in to[at..].iter_mut().zip(&from[at..]) {
+            *to = bf16::from_f32(from.widen());
         }
     }
 }

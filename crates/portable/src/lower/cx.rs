@@ -8,7 +8,7 @@ use crate::item::{Item, List};
 use crate::layout::{Shape, checked_elements};
 use crate::op::Op;
 use bytes::Bytes;
-use candle_coreml_kernels::Weights;
+use candle_coreml_kernels::{Arithmetic, Weights};
 use candle_coreml_mil::{self as mil, Argument, DType};
 use smallvec::SmallVec;
 use std::sync::Arc;
@@ -34,6 +34,17 @@ impl<'a, 'm> OpCx<'a, 'm> {
     /// True when results are rounded to their written type.
     pub fn faithful(&self) -> bool {
         self.low.options.faithful
+    }
+
+    /// How sums of products are made.
+    pub fn arithmetic(&self) -> Arithmetic {
+        if self.faithful() {
+            Arithmetic::InOrder
+        } else if self.low.options.fast {
+            Arithmetic::Bf16
+        } else {
+            Arithmetic::F32
+        }
     }
 
     /// Number of the operation set that the program is written in: 5 for iOS 15, 7 for iOS 17.

@@ -32,6 +32,8 @@ const FOLD_ELEMENTS: usize = 1 << 22;
 pub struct LowerOptions {
     /// Round results of fp16 operations to fp16, constant ones included.
     pub faithful: bool,
+    /// Round factors of products to bf16 where that is faster.
+    pub fast: bool,
     /// Threads for evaluating constant parts.
     pub pool: Arc<Pool>,
     /// Weights of the file that were read before.

@@ -11,7 +11,7 @@ use crate::lower::OpCx;
 use crate::op::{Args, In, Op, OpSpec, Support, opt, req};
 use crate::ops::broadcast_shape;
 use candle_coreml_kernels::{
-    self as kernels, ConvBeside, ConvParams, Epilogue, Operand, PackedConv, Unary, Weights,
+    self as kernels, Arithmetic, ConvBeside, ConvParams, Epilogue, Operand, PackedConv, Unary, Weights,
 };
 use candle_coreml_mil::DType;
 use smallvec::SmallVec;
@@ -26,6 +26,8 @@ pub struct Linear {
     pub bias: Option<Arc<[f32]>>,
     /// Applied before the residual.
     pub activation: Option<Unary>,
+    /// How sums are made when there are many rows.
+    pub arithmetic: Arithmetic,
     /// The weights packed as those of a convolution with a window of one pixel, where that is the better way.
     pub packed: Option<Arc<PackedConv>>,
 }
@@ -143,6 +145,7 @@ impl Op for Linear {
             bias: self.bias.as_deref(),
             activation: self.activation,
             residual,
+            arithmetic: self.arithmetic,
         };
         kernels::linear(args.pool, x, &self.weights, y, &epilogue, args.scratch);
         Ok(())
@@ -189,6 +192,8 @@ pub struct Gated {
     pub up: Weights,
     /// Applied to the gate's product.
     pub activation: Unary,
+    /// How sums are made when there are many rows.
+    pub arithmetic: Arithmetic,
 }
 
 impl std::fmt::Debug for Gated {
@@ -237,7 +242,7 @@ impl Op for Gated {
             args.pool,
             x,
             (&self.gate, &self.up),
-            self.activation,
+            (self.activation, self.arithmetic),
             y,
             args.scratch,
         );
@@ -296,7 +301,11 @@ impl Op for LinearMany {
             let offset = y.offset();
             outputs.push(kernels::ViewMut::new(y.into_data(), offset, shape, strides).ok_or(flat)?);
         }
-        kernels::linear_many(args.pool, x, &layers, &mut outputs, args.scratch);
+        let arithmetic = self
+            .layers
+            .first()
+            .map_or_else(Arithmetic::default, |l| l.arithmetic);
+        kernels::linear_many(args.pool, x, &layers, arithmetic, &mut outputs, args.scratch);
         Ok(())
     }
 }
@@ -411,11 +420,13 @@ impl OpCx<'_, '_> {
             let bias = bias.filter(|b| b.iter().any(|&v| v != 0.0));
             let rows = elements(&shape[..shape.len() - 1]);
             let packed = self.packed_linear(w, (n, k), rows)?;
+            let arithmetic = self.arithmetic();
             return self.emit(
                 Linear {
                     weights,
                     bias,
                     activation: None,
+                    arithmetic,
                     packed,
                 },
                 &[x],
@@ -444,7 +455,7 @@ impl OpCx<'_, '_> {
         let Some(constant) = self.constant(w).filter(|c| some && wide(c)) else {
             return Ok(None);
         };
-        let packed = constant.packed(matrix, &PIXEL, [1, rows], self.faithful())?;
+        let packed = constant.packed(matrix, &PIXEL, [1, rows], self.arithmetic())?;
         self.release(&constant);
         Ok(Some(packed))
     }

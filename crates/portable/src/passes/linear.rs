@@ -82,6 +82,7 @@ fn gated_of(r: &mut Rewriter, node: &Node, gate: ValueId, up: ValueId) -> Option
         gate: g.weights.clone(),
         up: u.weights.clone(),
         activation,
+        arithmetic: g.arithmetic,
     };
     let x = gate_node.inputs[0];
     r.replace(node, Arc::new(op), &[x]);

@@ -7,7 +7,9 @@ use crate::gemm::panel_width;
 use crate::loops::Shared;
 use crate::pool::Pool;
 use crate::scratch::Scratch;
-use crate::simd::{Kernel, Simd, dispatch};
+use crate::simd::{Kernel, Simd, dispatch, dispatch_pairs};
+use crate::weights::Round;
+use half::bf16;
 use std::ops::Range;
 
 /// Pixels in a tile.
@@ -44,12 +46,15 @@ pub(super) struct Product<'a> {
     pub runs: Runs,
 }
 
-pub(super) fn run(pool: &Pool, call: &Call<'_>, scratch: &mut Scratch) {
+/// Everything for a call, in pairs of bf16 where `PAIRS`: elements are pairs then.
+pub(super) fn run<const PAIRS: bool>(pool: &Pool, call: &Call<'_>, scratch: &mut Scratch) {
     let params = &call.params;
     let pads = [1, 2]
         .iter()
         .any(|&a| params.pad_before[a] + params.pad_after[a] > 0);
-    let (x, steps, width) = if pads || call.channel_step != 1 {
+    let (x, steps, width) = if PAIRS {
+        paired(pool, call, scratch)
+    } else if pads || call.channel_step != 1 {
         padded(pool, call, scratch)
     } else {
         (call.x, call.x_steps, call.x_dims[3])
@@ -92,14 +97,19 @@ pub(super) fn run(pool: &Pool, call: &Call<'_>, scratch: &mut Scratch) {
     let (blocks, groups) = (pixels.div_ceil(block), outputs.div_ceil(group));
     pool.run(blocks * groups, &|chunk| {
         let (first, output) = (chunk / groups * block, chunk % groups * group);
-        dispatch(Part {
+        let part = Part::<_, PAIRS> {
             product,
             starts: &starts,
             pixels: first..(first + block).min(pixels),
             outputs: output..(output + group).min(outputs),
             epilogue: call.epilogue,
             y: call.y,
-        });
+        };
+        if PAIRS {
+            dispatch_pairs(part);
+        } else {
+            dispatch(part);
+        }
     });
 }
 
@@ -150,6 +160,82 @@ fn padded(pool: &Pool, call: &Call<'_>, scratch: &mut Scratch) -> (Shared<f32>, 
     (to, [(rows * line) as isize, line as isize, c as isize], c)
 }
 
+/// The picture rounded to bf16, with its padding written out, its channels side by side and even in number; gives its memory,
+/// steps and channels, in pairs.
+fn paired(pool: &Pool, call: &Call<'_>, scratch: &mut Scratch) -> (Shared<f32>, [isize; 3], usize) {
+    let params = &call.params;
+    let [n, h, w, c] = call.x_dims;
+    let [ph, pw] = [1, 2].map(|a| params.pad_before[a] + params.pad_after[a]);
+    let pairs = c.div_ceil(2);
+    let (rows, line) = (h + ph, (w + pw) * pairs);
+    let to = Shared(scratch.f32(n * rows * line).as_mut_ptr());
+    pool.run_ranges(n * rows, (8192 / line.max(1)).max(1), &|range| {
+        for row in range {
+            // SAFETY: row `row` of the scratch memory is this thread's.
+            let out = unsafe { std::slice::from_raw_parts_mut(to.at((row * line) as isize), line) };
+            let out: &mut [[bf16; 2]] = bytemuck::cast_slice_mut(out);
+            let (sample, row) = (row / rows, row % rows);
+            let Some(row) = row.checked_sub(params.pad_before[1]).filter(|r| *r < h) else {
+                out.fill([bf16::ZERO; 2]);
+                continue;
+            };
+            let (before, rest) = out.split_at_mut(params.pad_before[2] * pairs);
+            let (inside, after) = rest.split_at_mut(w * pairs);
+            before.fill([bf16::ZERO; 2]);
+            after.fill([bf16::ZERO; 2]);
+            let from = call
+                .x
+                .at(sample as isize * call.x_steps[0] + row as isize * call.x_steps[1]);
+            dispatch_pairs(Rounded {
+                from,
+                step: call.x_steps[2],
+                channel_step: call.channel_step,
+                channels: c,
+                to: inside.as_flattened_mut(),
+            });
+        }
+    });
+    (to, [(rows * line) as isize, line as isize, pairs as isize], pairs)
+}
+
+/// Pixels of `channels` numbers, `step` apart and their channels `channel_step` apart, as bf16 side by side; an odd number of
+/// channels gets a zero. Made by [`paired`] alone, for rows of a picture.
+struct Rounded<'a> {
+    from: *const f32,
+    step: isize,
+    channel_step: isize,
+    channels: usize,
+    to: &'a mut [bf16],
+}
+
+impl Kernel for Rounded<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let channels = self.channels;
+        if self.channel_step == 1 && channels.is_multiple_of(2) && self.step == channels as isize {
+            // SAFETY: the pixels lie side by side.
+            let from = unsafe { std::slice::from_raw_parts(self.from, self.to.len()) };
+            return Round(from, self.to).run(s);
+        }
+        for (i, pixel) in self.to.chunks_exact_mut(channels.next_multiple_of(2)).enumerate() {
+            let from = self.from.wrapping_offset(i as isize * self.step);
+            if self.channel_step == 1 {
+                // SAFETY: the channels lie side by side.
+                let from = unsafe { std::slice::from_raw_parts(from, channels) };
+                Round(from, &mut pixel[..channels]).run(s);
+            } else {
+                for (c, value) in pixel.iter_mut().enumerate().take(channels) {
+                    // SAFETY: a channel of a pixel of the row.
+                    let x = unsafe { *from.wrapping_offset(c as isize * self.channel_step) };
+                    *value = bf16::from_f32(x);
+                }
+            }
+            pixel[channels..].fill(bf16::ZERO);
+        }
+    }
+}
+
 /// Copies pixels of `channels` numbers, `step` apart and their channels `channel_step` apart.
 ///
 /// # Safety
@@ -168,8 +254,8 @@ unsafe fn gather(from: *const f32, step: isize, channel_step: isize, channels: u
     }
 }
 
-/// Some pixels times some panels, on one thread.
-pub(super) struct Part<'a, P: Fn(usize, &mut [*const f32])> {
+/// Some pixels times some panels, on one thread; in pairs of bf16 where `PAIRS`.
+pub(super) struct Part<'a, P: Fn(usize, &mut [*const f32]), const PAIRS: bool> {
     pub product: Product<'a>,
     /// Writes where the windows of pixels from the one given on begin.
     pub starts: &'a P,
@@ -179,7 +265,7 @@ pub(super) struct Part<'a, P: Fn(usize, &mut [*const f32])> {
     pub y: Shared<f32>,
 }
 
-impl<P: Fn(usize, &mut [*const f32])> Kernel for Part<'_, P> {
+impl<P: Fn(usize, &mut [*const f32]), const PAIRS: bool> Kernel for Part<'_, P, PAIRS> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
@@ -194,7 +280,7 @@ impl<P: Fn(usize, &mut [*const f32])> Kernel for Part<'_, P> {
     }
 }
 
-impl<P: Fn(usize, &mut [*const f32])> Part<'_, P> {
+impl<P: Fn(usize, &mut [*const f32]), const PAIRS: bool> Part<'_, P, PAIRS> {
     /// All panels for the pixels from `begin` on, whose windows begin at `starts`.
     #[inline(always)]
     fn block<S: Simd>(&self, s: S, begin: usize, starts: &[*const f32]) {
@@ -262,7 +348,7 @@ impl<P: Fn(usize, &mut [*const f32])> Part<'_, P> {
         first: usize,
     ) {
         // SAFETY: the caller's.
-        let sums = unsafe { windows::<S, R, V>(s, rows, self.product.runs, panel.as_ptr()) };
+        let sums = unsafe { windows::<S, R, V, PAIRS>(s, rows, self.product.runs, panel.as_ptr()) };
         let outputs = self.product.outputs;
         let there = (outputs - first).min(V * S::LANES);
         if self.epilogue.in_registers() {
@@ -300,7 +386,7 @@ impl<P: Fn(usize, &mut [*const f32])> Part<'_, P> {
 /// # Safety
 /// The windows are readable, and `panel` has `V` vectors for each of their elements.
 #[inline(always)]
-pub(super) unsafe fn windows<S: Simd, const R: usize, const V: usize>(
+unsafe fn windows<S: Simd, const R: usize, const V: usize, const PAIRS: bool>(
     s: S,
     rows: [*const f32; R],
     runs: Runs,
@@ -316,14 +402,16 @@ pub(super) unsafe fn windows<S: Simd, const R: usize, const V: usize>(
             while k + 4 <= runs.len {
                 for step in 0..4 {
                     // SAFETY: the caller's.
-                    unsafe { step_by::<S, R, V>(s, &from, k + step, at.add(step * V * S::LANES), &mut sums) };
+                    unsafe {
+                        step_by::<S, R, V, PAIRS>(s, &from, k + step, at.add(step * V * S::LANES), &mut sums)
+                    };
                 }
                 k += 4;
                 at = at.wrapping_add(4 * V * S::LANES);
             }
             while k < runs.len {
                 // SAFETY: the caller's.
-                unsafe { step_by::<S, R, V>(s, &from, k, at, &mut sums) };
+                unsafe { step_by::<S, R, V, PAIRS>(s, &from, k, at, &mut sums) };
                 k += 1;
                 at = at.wrapping_add(V * S::LANES);
             }
@@ -337,7 +425,7 @@ pub(super) unsafe fn windows<S: Simd, const R: usize, const V: usize>(
 /// # Safety
 /// Each window has an element `k`, and `V` vectors are readable at `w`.
 #[inline(always)]
-unsafe fn step_by<S: Simd, const R: usize, const V: usize>(
+unsafe fn step_by<S: Simd, const R: usize, const V: usize, const PAIRS: bool>(
     s: S,
     from: &[*const f32; R],
     k: usize,
@@ -354,7 +442,11 @@ unsafe fn step_by<S: Simd, const R: usize, const V: usize>(
         // SAFETY: the caller's.
         let x = s.splat(unsafe { *from[r].add(k) });
         for v in 0..V {
-            sums[r][v] = s.fma(x, w[v], sums[r][v]);
+            sums[r][v] = if PAIRS {
+                s.dot_pairs(x, w[v], sums[r][v])
+            } else {
+                s.fma(x, w[v], sums[r][v])
+            };
         }
     }
 }

@@ -134,7 +134,8 @@ pub fn conv_last(
         y_dims,
     };
     match conv.packed.way() {
-        Way::Direct => direct::run(pool, &call, scratch),
+        Way::Direct => direct::run::<false>(pool, &call, scratch),
+        Way::Pairs => direct::run::<true>(pool, &call, scratch),
         Way::Depthwise => depthwise::run(pool, &call),
         Way::Winograd4 => winograd::run::<winograd::Four>(pool, &call, scratch),
         Way::Winograd2 => winograd::run::<winograd::Two>(pool, &call, scratch),

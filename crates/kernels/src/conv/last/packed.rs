@@ -2,15 +2,19 @@
 
 use super::winograd;
 use crate::conv::ConvParams;
-use crate::gemm::panel_width;
+use crate::gemm::{Arithmetic, panel_width};
 use crate::scratch::Scratch;
+use crate::simd::has_pairs;
 use crate::weights::Weights;
+use half::bf16;
 
 /// How a convolution is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Way {
     /// Windows read where they lie.
     Direct,
+    /// The same in pairs of bf16: two channels lie where one does otherwise.
+    Pairs,
     /// One channel a group.
     Depthwise,
     /// Winograd's F(4x4, 3x3).
@@ -32,11 +36,16 @@ pub struct PackedConv {
 
 impl PackedConv {
     /// Packs `weights`, `[o, c / groups * kernel]` as files have them, for pictures whose results have `pixels` rows and
-    /// columns. `exact_order` sums every window as it is written, without Winograd's transform.
+    /// columns.
     ///
     /// # Panics
     /// When [`has_conv_last`](super::has_conv_last) says no, or the weights do not fit the window.
-    pub fn new(weights: &Weights, params: &ConvParams, pixels: [usize; 2], exact_order: bool) -> PackedConv {
+    pub fn new(
+        weights: &Weights,
+        params: &ConvParams,
+        pixels: [usize; 2],
+        arithmetic: Arithmetic,
+    ) -> PackedConv {
         let cells = params.kernel[1] * params.kernel[2];
         let outputs = weights.rows();
         let channels = weights.cols() / cells.max(1) * params.groups;
@@ -45,7 +54,7 @@ impl PackedConv {
                 && weights.cols() * params.groups == channels * cells,
             "conv: weights"
         );
-        let way = best_way(params, [channels, outputs], pixels, exact_order);
+        let way = best_way(params, [channels, outputs], pixels, arithmetic);
         let mut packed = PackedConv {
             way,
             params: *params,
@@ -57,6 +66,7 @@ impl PackedConv {
         match way {
             Way::Depthwise => packed.pack_depthwise(weights, cells),
             Way::Direct => packed.pack_direct(weights, cells),
+            Way::Pairs => packed.pack_pairs(weights, cells),
             Way::Winograd4 => winograd::pack::<winograd::Four>(&mut packed, weights),
             Way::Winograd2 => winograd::pack::<winograd::Two>(&mut packed, weights),
         }
@@ -64,9 +74,9 @@ impl PackedConv {
     }
 
     /// True when packing weights of the same file for this window and result would give the same.
-    pub fn serves(&self, params: &ConvParams, pixels: [usize; 2], exact_order: bool) -> bool {
+    pub fn serves(&self, params: &ConvParams, pixels: [usize; 2], arithmetic: Arithmetic) -> bool {
         let sizes = [self.channels, self.outputs];
-        self.params == *params && self.way == best_way(params, sizes, pixels, exact_order)
+        self.params == *params && self.way == best_way(params, sizes, pixels, arithmetic)
     }
 
     /// `[cell][channel]`
@@ -93,6 +103,25 @@ impl PackedConv {
             for (c, part) in row.chunks_exact(cells).enumerate() {
                 for (cell, w) in part.iter().enumerate() {
                     out[start + (cell * channels + c) * width] = *w;
+                }
+            }
+        }
+    }
+
+    /// `[panel][cell][pair of channels][width]`
+    fn pack_pairs(&mut self, weights: &Weights, cells: usize) {
+        let (channels, outputs) = (self.channels, self.outputs);
+        let pairs = channels.div_ceil(2);
+        let mut row = vec![0.0; cells * channels];
+        let out = self.grow(padded(outputs) * cells * pairs);
+        for o in 0..outputs {
+            weights.decode(o, 0, &mut row);
+            let (start, width) = panel_of(o, outputs, cells * pairs);
+            for (c, part) in row.chunks_exact(cells).enumerate() {
+                for (cell, w) in part.iter().enumerate() {
+                    let bits = u32::from(bf16::from_f32(*w).to_bits()) << (c % 2 * 16);
+                    let at = &mut out[start + (cell * pairs + c / 2) * width];
+                    *at = f32::from_bits(at.to_bits() | bits);
                 }
             }
         }
@@ -133,7 +162,7 @@ impl PackedConv {
     pub fn gathers(&self) -> bool {
         /// Channels of pictures that come from outside.
         const FEW: usize = 4;
-        self.way == Way::Direct && self.channels <= FEW
+        matches!(self.way, Way::Direct | Way::Pairs) && self.channels <= FEW
     }
 
     /// Bytes of packed weights.
@@ -141,10 +170,11 @@ impl PackedConv {
         self.len * size_of::<f32>()
     }
 
-    /// What the kernel does, for reports: `direct`, `depthwise`, `winograd 4x4`, `winograd 2x2`.
+    /// What the kernel does, for reports: `direct`, `bf16 pairs`, `depthwise`, `winograd 4x4`, `winograd 2x2`.
     pub fn method(&self) -> &'static str {
         match self.way {
             Way::Direct => "direct",
+            Way::Pairs => "bf16 pairs",
             Way::Depthwise => "depthwise",
             Way::Winograd4 => "winograd 4x4",
             Way::Winograd2 => "winograd 2x2",
@@ -156,14 +186,16 @@ fn best_way(
     params: &ConvParams,
     [channels, outputs]: [usize; 2],
     pixels: [usize; 2],
-    exact_order: bool,
+    arithmetic: Arithmetic,
 ) -> Way {
     if params.groups > 1 {
-        Way::Depthwise
-    } else if exact_order {
-        Way::Direct
-    } else {
-        winograd::worth(params, channels, outputs, pixels)
+        return Way::Depthwise;
+    }
+    let transformed = winograd::worth(params, channels, outputs, pixels);
+    match arithmetic {
+        Arithmetic::InOrder => Way::Direct,
+        Arithmetic::Bf16 if transformed == Way::Direct && has_pairs() => Way::Pairs,
+        Arithmetic::F32 | Arithmetic::Bf16 => transformed,
     }
 }
 

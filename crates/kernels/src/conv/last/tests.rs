@@ -1,4 +1,5 @@
 use super::*;
+use crate::gemm::Arithmetic;
 use crate::matvec::tests::random;
 use crate::strided::dense_strides;
 use crate::weights::Weights;
@@ -74,7 +75,16 @@ fn difference(case: Case, extras: usize, exact: bool, seed: &mut u64) -> Option<
     if let Some(op) = last {
         crate::elementwise::apply_slice(op, &mut expected);
     }
-    let packed = PackedConv::new(&weights, &params, [oh, ow], exact);
+    let packed = PackedConv::new(
+        &weights,
+        &params,
+        [oh, ow],
+        if exact {
+            Arithmetic::InOrder
+        } else {
+            Arithmetic::F32
+        },
+    );
     let mut y = if extras == 3 {
         residual.clone()
     } else {

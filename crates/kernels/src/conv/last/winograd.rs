@@ -231,7 +231,7 @@ fn multiply<F: Form>(pool: &Pool, call: &Call<'_>, tiles: Tiles, inputs: Shared<
                 *start = from.at(((first + i) * channels) as isize);
             }
         };
-        dispatch(Part {
+        dispatch(Part::<_, false> {
             product: Product {
                 weights: &call.packed.data()[position * each..][..each],
                 outputs,

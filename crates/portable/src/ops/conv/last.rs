@@ -109,10 +109,10 @@ pub(super) fn lower(
         return Ok(None);
     }
     let mut sizes = output_sizes(&have[2..], params)?;
-    let exact = cx.faithful();
+    let arithmetic = cx.arithmetic();
     let matrix = (weight[0], elements(&weight[1..]));
     let height = if rank == 4 { sizes[0] } else { 1 };
-    let packed = constant.packed(matrix, params, [height, sizes[sizes.len() - 1]], exact)?;
+    let packed = constant.packed(matrix, params, [height, sizes[sizes.len() - 1]], arithmetic)?;
     cx.release(&constant);
     let op = ConvLast {
         packed,

@@ -143,7 +143,7 @@ pub(super) fn lower(
         (all, channels * taps),
         &conv,
         [found_rows, found_columns],
-        cx.faithful(),
+        cx.arithmetic(),
     )?;
     let op = ConvLast {
         packed,
