@@ -371,9 +371,8 @@ fn many(pool: &Pool, x: View<'_, f32>, layers: &[Layer<'_>], scratch: &mut Scrat
     };
     pool.run_indexed(chunks, &|worker, chunk| {
         let (layer, rows, range) = part(chunk).expect("chunks were counted over the layers");
-        // The other threads have those in between.
-        let then =
-            part(chunk + pool.threads()).map_or(Lines::default(), |(next, rows, _)| opening(next.w, rows));
+        // A thread has its chunks one after the other.
+        let then = part(chunk + 1).map_or(Lines::default(), |(next, rows, _)| opening(next.w, rows));
         // SAFETY: each worker has its own part of `work`.
         let work = unsafe { std::slice::from_raw_parts_mut(work.at((worker * each) as isize), each) };
         many_rows(layer, packed, (m, k), (rows, then), range, work);

@@ -1,8 +1,9 @@
 //! A persistent thread pool for very short jobs.
 //!
-//! Workers spin for a moment after a job, then sleep. A job is a number of chunks claimed one by one through an
-//! atomic counter, so a worker that the system has taken off its core costs its own chunk at most, and a worker
-//! that wakes late finds the job closed and costs nothing.
+//! Workers spin for a moment after a job, then sleep. A job is a number of chunks in as many ranges as there are threads (up
+//! to a few); each thread claims those of its own range one by one through an atomic counter, then those that are left of the
+//! others. A worker that the system has taken off its core costs its own chunk at most, one that wakes late finds the job
+//! closed and costs nothing, and what a thread wrote in one job is mostly what it reads in the next, from its own cache.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
@@ -33,9 +34,18 @@ struct Job {
     chunks: usize,
 }
 
+/// The next chunk of a range, alone in its lines of cache.
+#[derive(Default)]
+#[repr(align(128))]
+struct Next(AtomicUsize);
+
+/// Ranges of a job at most: each is set anew for every job.
+const MOST_RANGES: usize = 8;
+
 struct Shared {
     state: AtomicU64,
-    next: AtomicUsize,
+    ranges: Vec<Next>,
+    threads: usize,
     job: UnsafeCell<Option<Job>>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     sleepers: AtomicUsize,
@@ -81,7 +91,10 @@ impl Pool {
     pub fn new(threads: usize) -> Arc<Pool> {
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
-            next: AtomicUsize::new(0),
+            ranges: (0..threads.clamp(1, MOST_RANGES))
+                .map(|_| Next::default())
+                .collect(),
+            threads: threads.clamp(1, MAX_THREADS),
             job: UnsafeCell::new(None),
             panic: Mutex::new(None),
             sleepers: AtomicUsize::new(0),
@@ -147,7 +160,9 @@ impl Pool {
         let job = Job { task, chunks };
         // SAFETY: `busy` is held and the last job was closed and left by all, so nobody reads the cell.
         unsafe { *shared.job.get() = Some(job) };
-        shared.next.store(0, Ordering::Relaxed);
+        for (range, next) in shared.ranges.iter().enumerate() {
+            next.0.store(shared.start(chunks, range), Ordering::Relaxed);
+        }
         shared.state.fetch_add(EPOCH | OPEN, Ordering::SeqCst);
         shared.rouse(chunks - 1);
         shared.claim(job, 0);
@@ -195,21 +210,34 @@ impl Drop for Pool {
 }
 
 impl Shared {
+    /// The first chunk of a range, and the end of the one before.
+    fn start(&self, chunks: usize, range: usize) -> usize {
+        // Jobs have far fewer chunks than would overflow, but nothing forbids more.
+        (chunks as u128 * range as u128 / self.ranges.len() as u128) as usize
+    }
+
     /// Runs chunks until none is left, keeping the first panic.
     fn claim(&self, job: Job, worker: usize) {
         // SAFETY: the caller of `run` is on the stack until every thread has left this function.
         let task = unsafe { &*job.task };
         let result = catch_unwind(AssertUnwindSafe(|| {
-            loop {
-                let chunk = self.next.fetch_add(1, Ordering::Relaxed);
-                if chunk >= job.chunks {
-                    break;
+            let count = self.ranges.len();
+            let own = worker * count / self.threads;
+            for range in (own..count).chain(0..own) {
+                let end = self.start(job.chunks, range + 1);
+                loop {
+                    let chunk = self.ranges[range].0.fetch_add(1, Ordering::Relaxed);
+                    if chunk >= end {
+                        break;
+                    }
+                    task(worker, chunk);
                 }
-                task(worker, chunk);
             }
         }));
         if let Err(payload) = result {
-            self.next.store(job.chunks, Ordering::Relaxed);
+            for next in &self.ranges {
+                next.0.store(job.chunks, Ordering::Relaxed);
+            }
             self.panic
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
