@@ -12,7 +12,7 @@ use crate::weights::Round;
 use half::bf16;
 use std::ops::Range;
 
-/// Pixels in a tile.
+/// Pixels in a tile, of two vectors of outputs.
 const ROWS: usize = 6;
 /// Tiles that share a pass over a panel of weights, at least.
 const TILES: usize = 8;
@@ -52,8 +52,12 @@ pub(super) fn run<const PAIRS: bool>(pool: &Pool, call: &Call<'_>, scratch: &mut
     let pads = [1, 2]
         .iter()
         .any(|&a| params.pad_before[a] + params.pad_after[a] > 0);
+    let planes = call.packed.planes();
     let (x, steps, width) = if PAIRS {
         paired(pool, call, scratch)
+    } else if planes {
+        let (x, steps) = padded_planes(pool, call, scratch);
+        (x, steps, 1)
     } else if pads || call.channel_step != 1 {
         padded(pool, call, scratch)
     } else {
@@ -62,14 +66,24 @@ pub(super) fn run<const PAIRS: bool>(pool: &Pool, call: &Call<'_>, scratch: &mut
     // With no step inside the window and pixels side by side, a row of the window is one stretch.
     let joined = params.dilation[2] == 1 && steps[2] == width as isize;
     let [_, kernel_h, kernel_w] = params.kernel;
-    let runs = Runs {
-        rows: kernel_h,
-        columns: if joined { 1 } else { kernel_w },
-        steps: [
-            params.dilation[1] as isize * steps[1],
-            params.dilation[2] as isize * steps[2],
-        ],
-        len: if joined { kernel_w * width } else { width },
+    let runs = if planes {
+        let [plane, line] = [steps[0] / call.x_dims[3] as isize, steps[1]];
+        Runs {
+            rows: call.x_dims[3],
+            columns: kernel_h,
+            steps: [plane, params.dilation[1] as isize * line],
+            len: kernel_w,
+        }
+    } else {
+        Runs {
+            rows: kernel_h,
+            columns: if joined { 1 } else { kernel_w },
+            steps: [
+                params.dilation[1] as isize * steps[1],
+                params.dilation[2] as isize * steps[2],
+            ],
+            len: if joined { kernel_w * width } else { width },
+        }
     };
     let product = Product {
         weights: call.packed.data(),
@@ -158,6 +172,45 @@ fn padded(pool: &Pool, call: &Call<'_>, scratch: &mut Scratch) -> (Shared<f32>, 
         }
     });
     (to, [(rows * line) as isize, line as isize, c as isize], c)
+}
+
+/// The picture with its padding written out and a plane for each channel; gives its memory and steps.
+fn padded_planes(pool: &Pool, call: &Call<'_>, scratch: &mut Scratch) -> (Shared<f32>, [isize; 3]) {
+    let params = &call.params;
+    let [n, h, w, c] = call.x_dims;
+    let [ph, pw] = [1, 2].map(|a| params.pad_before[a] + params.pad_after[a]);
+    let (rows, line) = (h + ph, w + pw);
+    let to = Shared(scratch.f32(n * c * rows * line).as_mut_ptr());
+    pool.run_ranges(n * c * rows, (8192 / line.max(1)).max(1), &|range| {
+        for row in range {
+            // SAFETY: row `row` of the scratch memory is this thread's.
+            let out = unsafe { std::slice::from_raw_parts_mut(to.at((row * line) as isize), line) };
+            let (plane, row) = (row / rows, row % rows);
+            let Some(row) = row.checked_sub(params.pad_before[1]).filter(|r| *r < h) else {
+                out.fill(0.0);
+                continue;
+            };
+            let (before, rest) = out.split_at_mut(params.pad_before[2]);
+            let (inside, after) = rest.split_at_mut(w);
+            before.fill(0.0);
+            after.fill(0.0);
+            let (sample, channel) = (plane / c, plane % c);
+            let from = call.x.at(sample as isize * call.x_steps[0]
+                + channel as isize * call.channel_step
+                + row as isize * call.x_steps[1]);
+            if call.x_steps[2] == 1 {
+                // SAFETY: a row of a channel, side by side.
+                inside.copy_from_slice(unsafe { std::slice::from_raw_parts(from, w) });
+            } else {
+                for (i, to) in inside.iter_mut().enumerate() {
+                    // SAFETY: a pixel of the row.
+                    *to = unsafe { *from.wrapping_offset(i as isize * call.x_steps[2]) };
+                }
+            }
+        }
+    });
+    let plane = rows * line;
+    (to, [(c * plane) as isize, line as isize, 1])
 }
 
 /// The picture rounded to bf16, with its padding written out, its channels side by side and even in number; gives its memory,
@@ -286,11 +339,21 @@ impl<P: Fn(usize, &mut [*const f32]), const PAIRS: bool> Part<'_, P, PAIRS> {
     fn block<S: Simd>(&self, s: S, begin: usize, starts: &[*const f32]) {
         let depth = self.product.runs.depth();
         // Tiles of nearly one height: a single last pixel would wait for its own sums.
-        let tiles = starts.len().div_ceil(ROWS);
         let mut first = self.outputs.start;
         while first < self.outputs.end {
             let width = width_at(first, self.product.outputs);
             let panel = &self.product.weights[first * depth..][..width * depth];
+            // With one vector of outputs, tiles are twice as high: six sums would wait for each other.
+            let mut done = 0;
+            if width == S::LANES {
+                while let Some(rows) = starts[done..].first_chunk::<{ 2 * ROWS }>() {
+                    // SAFETY: as below.
+                    unsafe { self.tile::<S, { 2 * ROWS }, 1>(s, panel, begin + done, *rows, first) };
+                    done += rows.len();
+                }
+            }
+            let (begin, starts) = (begin + done, &starts[done..]);
+            let tiles = starts.len().div_ceil(ROWS);
             for tile in 0..tiles {
                 let (from, to) = (tile * starts.len() / tiles, (tile + 1) * starts.len() / tiles);
                 let (pixel, rows) = (begin + from, &starts[from..to]);

@@ -92,9 +92,10 @@ impl PackedConv {
         }
     }
 
-    /// `[panel][cell][channel][width]`
+    /// `[panel][cell][channel][width]`, or `[panel][channel][cell][width]` for [`PackedConv::planes`].
     fn pack_direct(&mut self, weights: &Weights, cells: usize) {
         let (channels, outputs) = (self.channels, self.outputs);
+        let planes = self.planes();
         let mut row = vec![0.0; cells * channels];
         let out = self.grow(padded(outputs) * cells * channels);
         for o in 0..outputs {
@@ -102,7 +103,12 @@ impl PackedConv {
             let (start, width) = panel_of(o, outputs, cells * channels);
             for (c, part) in row.chunks_exact(cells).enumerate() {
                 for (cell, w) in part.iter().enumerate() {
-                    out[start + (cell * channels + c) * width] = *w;
+                    let at = if planes {
+                        c * cells + cell
+                    } else {
+                        cell * channels + c
+                    };
+                    out[start + at * width] = *w;
                 }
             }
         }
@@ -163,6 +169,12 @@ impl PackedConv {
         /// Channels of pictures that come from outside.
         const FEW: usize = 4;
         matches!(self.way, Way::Direct | Way::Pairs) && self.channels <= FEW
+    }
+
+    /// Whether pictures are copied to a plane for each channel: the cells of a row of the window lie side by side there, and few
+    /// channels do not make a stretch worth walking.
+    pub(super) fn planes(&self) -> bool {
+        self.way == Way::Direct && self.gathers() && self.params.dilation[2] == 1
     }
 
     /// Bytes of packed weights.

@@ -219,10 +219,23 @@ fn multiply<F: Form>(pool: &Pool, call: &Call<'_>, tiles: Tiles, inputs: Shared<
         steps: [0; 2],
         len: channels,
     };
-    // Two chunks a position: enough of them for many threads, and each reads half of the position's weights.
-    let group = outputs.div_ceil(panel_width()).div_ceil(2) * panel_width();
+    let positions = F::SIDE * F::SIDE;
+    // Where weights are the smaller part, a thread has the tiles that it transformed, at all positions; else it has positions, two
+    // chunks each: enough of them for many threads, and each reads half of the position's weights.
+    let by_tiles = channels * outputs < tiles.all * (channels + outputs) / 2;
+    let parts = if by_tiles {
+        pool.threads().min(tiles.all)
+    } else {
+        1
+    };
+    let group = if by_tiles {
+        outputs
+    } else {
+        outputs.div_ceil(panel_width()).div_ceil(2) * panel_width()
+    };
     let groups = outputs.div_ceil(group);
-    pool.run(F::SIDE * F::SIDE * groups, &|chunk| {
+    pool.run(parts * positions * groups, &|chunk| {
+        let (part, chunk) = (chunk / (positions * groups), chunk % (positions * groups));
         let (position, first) = (chunk / groups, chunk % groups * group);
         let from = inputs.at((position * tiles.all * channels) as isize);
         let from = Shared(from);
@@ -238,7 +251,7 @@ fn multiply<F: Form>(pool: &Pool, call: &Call<'_>, tiles: Tiles, inputs: Shared<
                 runs,
             },
             starts: &starts,
-            pixels: 0..tiles.all,
+            pixels: part * tiles.all / parts..(part + 1) * tiles.all / parts,
             outputs: first..(first + group).min(outputs),
             epilogue: Epilogue::none(),
             y: Shared(products.at((position * tiles.all * outputs) as isize)),
