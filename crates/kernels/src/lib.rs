@@ -35,7 +35,8 @@ pub mod weights;
 pub use arena::{ALIGN_ELEMENTS, Arena};
 pub use attention::{Attention, attention};
 pub use conv::{
-    Conv, ConvBeside, ConvLast, ConvParams, PackedConv, conv, conv_last, conv_transpose, has_conv_last,
+    Conv, ConvBeside, ConvChain, ConvLast, ConvParams, PackedConv, conv, conv_chain, conv_last,
+    conv_transpose, has_conv_chain, has_conv_last,
 };
 pub use copy::{ConvertTo, copy, f16_to_f32, f32_to_f16, round_to_f16};
 pub use elementwise::*;

@@ -50,6 +50,7 @@ fn stateful(path: &str) -> Result<(), Box<dyn Error>> {
     let function = &file.program().ok_or("no program")?.functions[0];
     let options = LowerOptions {
         faithful: false,
+        fast: false,
         pool: Pool::shared(),
         constants: Arc::new(Constants::default()),
     };
@@ -65,7 +66,7 @@ fn stateful(path: &str) -> Result<(), Box<dyn Error>> {
             return Err("the function runs in stages".into());
         };
         let lowered = start.elapsed();
-        let graph = passes::optimize(graph);
+        let graph = passes::optimize(graph, 2);
         let optimized = start.elapsed();
         let plan = Plan::new(&graph)?;
         let times = [lowered, optimized - lowered, start.elapsed() - optimized];

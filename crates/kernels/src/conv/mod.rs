@@ -4,7 +4,10 @@ mod blocked;
 mod depthwise;
 mod last;
 
-pub use last::{Beside as ConvBeside, ConvLast, PackedConv, conv_last, has_conv_last};
+pub use last::{
+    Beside as ConvBeside, ConvChain, ConvLast, PackedConv, conv_chain, conv_last, has_conv_chain,
+    has_conv_last,
+};
 
 use crate::elementwise::{Unary, apply_slice};
 use crate::loops::Shared;

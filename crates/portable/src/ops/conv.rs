@@ -1,5 +1,6 @@
 //! Convolutions. Source: coremltools 9.0, `mil/ops/defs/iOS15/conv.py`, iOS17.
 
+mod chain;
 mod computed;
 mod last;
 mod phases;
@@ -14,6 +15,7 @@ use crate::op::{Args, In, Op, OpSpec, Support, opt, req};
 use candle_coreml_kernels::{self as kernels, ConvParams, Unary, Weights};
 use std::sync::Arc;
 
+pub use chain::ConvChain;
 pub use last::ConvLast;
 pub(super) use last::{channels_first, channels_last};
 

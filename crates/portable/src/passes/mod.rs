@@ -14,8 +14,8 @@ use crate::graph::{Graph, Node, Source};
 use crate::plan::Copy;
 use std::sync::Arc;
 
-/// All passes, in order.
-pub fn optimize(graph: Graph) -> Graph {
+/// All passes, in order, for a machine of `threads`.
+pub fn optimize(graph: Graph, threads: usize) -> Graph {
     let graph = views::simplify(clean(graph));
     let graph = norm::rms_norm(arithmetic::simplify(graph));
     let graph = norm::softmax(graph);
@@ -27,7 +27,7 @@ pub fn optimize(graph: Graph) -> Graph {
     let graph = views::simplify(views::sink(graph));
     let graph = views::simplify(views::sink(graph));
     let graph = group::activations(conv::epilogues(linear::epilogues(graph)));
-    linear::share_input(views::simplify(graph))
+    conv::chains(linear::share_input(views::simplify(graph)), threads)
 }
 
 /// Gives what only looks at the elements of another value memory of its own, so that every value is computed by a step.

@@ -4,6 +4,7 @@
 //! tiles, so that a weight is read once for several pixels; those at the edges go one by one, with the cells they have.
 
 use super::Call;
+use crate::loops::Shared;
 use crate::pool::Pool;
 use crate::simd::{Kernel, Simd, dispatch};
 use std::ops::Range;
@@ -18,17 +19,23 @@ pub(super) fn run(pool: &Pool, call: &Call<'_>) {
     let line = call.y_dims[2] * call.y_dims[3];
     pool.run_ranges(rows, (4096 / line.max(1)).max(1), &|range| {
         for row in range {
+            let sample = row / call.y_dims[1];
             dispatch(Row {
                 call,
-                sample: row / call.y_dims[1],
+                lines: Lines::Picture {
+                    first: Shared(call.x.at(sample as isize * call.x_steps[0])),
+                    step: call.x_steps[1],
+                },
                 row: row % call.y_dims[1],
+                y: call.y,
+                at: row * call.y_dims[2] * call.y_dims[3],
             });
         }
     });
 }
 
 /// The cells of the window of output `out` along `axis` that lie in the picture.
-fn inside(call: &Call<'_>, axis: usize, out: usize, len: usize) -> Range<usize> {
+pub(super) fn inside(call: &Call<'_>, axis: usize, out: usize, len: usize) -> Range<usize> {
     let (params, start) = (&call.params, out * call.params.stride[axis]);
     let dilation = params.dilation[axis];
     // cell * dilation + start >= pad, and below pad + len
@@ -51,11 +58,38 @@ fn whole(call: &Call<'_>) -> Range<usize> {
     first..end.clamp(first, call.y_dims[2])
 }
 
+/// Where the rows of a picture are.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Lines {
+    /// One after the other.
+    Picture { first: Shared<f32>, step: isize },
+    /// The last `rows` of them, row `h` at place `h % rows`.
+    Ring {
+        first: Shared<f32>,
+        rows: usize,
+        line: usize,
+    },
+}
+
+impl Lines {
+    #[inline(always)]
+    fn line(&self, h: usize) -> *const f32 {
+        match *self {
+            Lines::Picture { first, step } => first.at(h as isize * step),
+            Lines::Ring { first, rows, line } => first.at((h % rows * line) as isize),
+        }
+    }
+}
+
 /// One row of the result.
-struct Row<'a> {
-    call: &'a Call<'a>,
-    sample: usize,
-    row: usize,
+pub(super) struct Row<'a> {
+    /// The window and what follows it; of the picture, its size and the steps from pixel to pixel.
+    pub call: &'a Call<'a>,
+    pub lines: Lines,
+    pub row: usize,
+    /// Where the row of the result goes: from element `at` of `y` on.
+    pub y: Shared<f32>,
+    pub at: usize,
 }
 
 impl Kernel for Row<'_> {
@@ -97,15 +131,13 @@ impl Row<'_> {
         let (params, steps) = (&self.call.params, &self.call.x_steps);
         let h = self.row * params.stride[1] + i * params.dilation[1] - params.pad_before[1];
         let w = column * params.stride[2] + j * params.dilation[2] - params.pad_before[2];
-        let offset = self.sample as isize * steps[0] + h as isize * steps[1] + w as isize * steps[2];
-        self.call.x.at(offset)
+        self.lines.line(h).wrapping_offset(w as isize * steps[2])
     }
 
     /// Where the channels of a pixel of this row begin in the result.
     #[inline(always)]
     fn target(&self, column: usize) -> usize {
-        let [_, height, width, channels] = self.call.y_dims;
-        ((self.sample * height + self.row) * width + column) * channels
+        self.at + column * self.call.y_dims[3]
     }
 
     /// The row for `V` vectors of channels from `channel` on; where `PART`, the last of them is the last channels.
@@ -204,7 +236,7 @@ impl Row<'_> {
         column: usize,
         channel: usize,
     ) {
-        let (epilogue, y) = (&self.call.epilogue, self.call.y);
+        let (epilogue, y) = (&self.call.epilogue, self.y);
         let at = self.target(column) + channel;
         let channels = self.call.y_dims[3];
         let there = (channels - channel).min(V * S::LANES);

@@ -252,13 +252,13 @@ fn paired(pool: &Pool, call: &Call<'_>, scratch: &mut Scratch) -> (Shared<f32>, 
 }
 
 /// Pixels of `channels` numbers, `step` apart and their channels `channel_step` apart, as bf16 side by side; an odd number of
-/// channels gets a zero. Made by [`paired`] alone, for rows of a picture.
-struct Rounded<'a> {
-    from: *const f32,
-    step: isize,
-    channel_step: isize,
-    channels: usize,
-    to: &'a mut [bf16],
+/// channels gets a zero. Made for pixels that are readable.
+pub(super) struct Rounded<'a> {
+    pub from: *const f32,
+    pub step: isize,
+    pub channel_step: isize,
+    pub channels: usize,
+    pub to: &'a mut [bf16],
 }
 
 impl Kernel for Rounded<'_> {

@@ -4,6 +4,7 @@
 //! lie, a panel of output channels reads its weights in order, and the sums stay in registers. Depthwise convolutions
 //! run along the channels. 3x3 windows over large pictures go through Winograd's transform.
 
+mod chain;
 mod depthwise;
 mod direct;
 mod epilogue;
@@ -141,6 +142,8 @@ pub fn conv_last(
         Way::Winograd2 => winograd::run::<winograd::Two>(pool, &call, scratch),
     }
 }
+
+pub use chain::{ConvChain, conv_chain, has_conv_chain};
 
 #[cfg(test)]
 mod tests;

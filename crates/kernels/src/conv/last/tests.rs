@@ -184,3 +184,78 @@ fn transformed_windows_agree_within_the_rounding_of_the_transform() {
         }
     }
 }
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(150))]
+    #[test]
+    fn a_chain_gives_what_its_convolutions_give(
+        n in 1_usize..3, size in (1_usize..40, 1_usize..20), channels in (5_usize..40, 1_usize..70, 1_usize..40),
+        kernel in 1_usize..6, stride in 1_usize..4, pad in 0_usize..3, ends in 0_usize..4, residual in any::<bool>(),
+        bf16 in any::<bool>(), threads in 1_usize..4, seed in any::<u64>(),
+    ) {
+        let mut seed = seed;
+        let (expand, project) = (ends & 1 > 0, ends & 2 > 0);
+        let (first, middle) = (if expand { channels.0 } else { channels.1.max(5) }, channels.1.max(5));
+        let last = if project { channels.2 } else { middle };
+        let arithmetic = if bf16 { Arithmetic::Bf16 } else { Arithmetic::F32 };
+        let window = ConvParams {
+            kernel: [1, kernel, kernel],
+            stride: [1, stride, stride],
+            pad_before: [0, pad, pad],
+            pad_after: [0, pad.min(1), pad],
+            groups: middle,
+            ..ConvParams::default()
+        };
+        let (Some(oh), Some(ow)) = (window.output_len(1, size.0), window.output_len(2, size.1)) else { return Ok(()) };
+        let numbers = |len: usize, seed: &mut u64| (0..len).map(|_| random(seed)).collect::<Vec<f32>>();
+        let pack = |outputs: usize, cols: usize, params: &ConvParams, pixels: [usize; 2], seed: &mut u64| {
+            let bytes = bytemuck::cast_slice(&numbers(outputs * cols, seed)).to_vec().into();
+            PackedConv::new(&Weights::from_f32(outputs, cols, bytes).unwrap(), params, pixels, arithmetic)
+        };
+        let packed = [
+            pack(middle, first, &ConvParams::default(), [size.0, size.1], &mut seed),
+            pack(middle, kernel * kernel, &window, [oh, ow], &mut seed),
+            pack(last, middle, &ConvParams::default(), [oh, ow], &mut seed),
+        ];
+        let biases = [middle, middle, last].map(|len| numbers(len, &mut seed));
+        let x = numbers(n * size.0 * size.1 * first, &mut seed);
+        let beside = numbers(n * oh * ow * last, &mut seed);
+        let layer = |i: usize, activation: Option<Unary>| ConvLast {
+            packed: &packed[i],
+            bias: Some(&biases[i]),
+            activation,
+            residual: if i == 2 && residual { Beside::In(&beside) } else { Beside::None },
+            last: None,
+        };
+        let chain = ConvChain {
+            expand: expand.then(|| layer(0, Some(Unary::Relu6))),
+            depthwise: layer(1, Some(Unary::Tanh)),
+            project: project.then(|| layer(2, None)),
+        };
+        prop_assert!(has_conv_chain(&chain));
+        let pool = Pool::new(threads);
+        let mut scratch = Scratch::new();
+        let (mut wanted, mut dims) = (x.clone(), [n, size.0, size.1, first]);
+        let layers = [(chain.expand, [size.0, size.1], middle), (Some(chain.depthwise), [oh, ow], middle), (chain.project, [oh, ow], last)];
+        for (call, [h, w], outputs) in layers {
+            let Some(call) = call else { continue };
+            let next = [n, h, w, outputs];
+            let mut y = vec![f32::NAN; next.iter().product()];
+            let (xd, yd) = (dense_strides(&dims), dense_strides(&next));
+            let from = View::new(&wanted, 0, &dims, &xd[..4]).unwrap();
+            conv_last(&pool, from, &call, ViewMut::new(&mut y, 0, &next, &yd[..4]).unwrap(), &mut scratch);
+            (wanted, dims) = (y, next);
+        }
+        let (xs, ys) = ([n, size.0, size.1, first], [n, oh, ow, last]);
+        let (xd, yd) = (dense_strides(&xs), dense_strides(&ys));
+        let mut y = vec![f32::NAN; ys.iter().product()];
+        let from = View::new(&x, 0, &xs, &xd[..4]).unwrap();
+        conv_chain(&pool, from, &chain, ViewMut::new(&mut y, 0, &ys, &yd[..4]).unwrap(), &mut scratch);
+        // The same sums in the same order, but for activations, which take what is left of a line one by one.
+        let most = wanted.iter().fold(1.0_f32, |m, v| m.max(v.abs()));
+        let bound = if bf16 { 1e-2 } else { 1e-6 };
+        for (i, (a, b)) in y.iter().zip(&wanted).enumerate() {
+            prop_assert!((a - b).abs() <= bound * most, "{i}: {a} is not {b}");
+        }
+    }
+}

@@ -22,6 +22,19 @@ pub struct ConvLast {
     pub last: Option<Unary>,
 }
 
+impl ConvLast {
+    /// As the kernel takes it.
+    pub fn call<'a>(&'a self, residual: ConvBeside<'a>) -> kernels::ConvLast<'a> {
+        kernels::ConvLast {
+            packed: &self.packed,
+            bias: self.bias.as_deref(),
+            activation: self.activation,
+            residual,
+            last: self.last,
+        }
+    }
+}
+
 impl std::fmt::Debug for ConvLast {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let p = self.packed.params();
@@ -74,14 +87,7 @@ impl Op for ConvLast {
             Some(In::Result) => ConvBeside::Result,
             _ => ConvBeside::None,
         };
-        let call = kernels::ConvLast {
-            packed: &self.packed,
-            bias: self.bias.as_deref(),
-            activation: self.activation,
-            residual,
-            last: self.last,
-        };
-        kernels::conv_last(args.pool, x, &call, y, args.scratch);
+        kernels::conv_last(args.pool, x, &self.call(residual), y, args.scratch);
         Ok(())
     }
 }
