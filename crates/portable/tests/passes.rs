@@ -406,3 +406,91 @@ fn results_with_passes_on_and_off_agree() {
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
+
+/// `const tensor<fp16, [..]>` of small numbers in turn.
+fn weights(shape: [usize; 4]) -> String {
+    fn list(shape: &[usize], next: &mut usize) -> String {
+        let Some((count, rest)) = shape.split_first() else {
+            *next += 1;
+            return ["0x1p-2", "-0x1p-3", "0x1p-4", "0x1p-3", "-0x1p-2"][*next % 5].to_string();
+        };
+        let parts: Vec<String> = (0..*count).map(|_| list(rest, next)).collect();
+        format!("[{}]", parts.join(", "))
+    }
+    let dims = shape.map(|d| d.to_string()).join(", ");
+    format!("tensor<fp16, [{dims}]>({})", list(&shape, &mut 0))
+}
+
+/// A picture of 200 by 200 with five channels, six after `a`; what is computed and given is the caller's.
+fn pictures(steps: &str) -> String {
+    let size = |channels: usize| format!("tensor<fp16, [1, {channels}, 200, 200]>");
+    format!("func main<ios17>({} x) {{ {steps} }} -> (y);", size(5))
+        .replace("FIVE", &size(5))
+        .replace("SIX", &size(6))
+        .replace("EXPAND", &weights([6, 5, 1, 1]))
+        .replace("DEPTH", &weights([6, 1, 3, 3]))
+        .replace("PROJECT", &weights([5, 6, 1, 1]))
+}
+
+#[test]
+fn convolutions_around_a_depthwise_one_are_computed_together() {
+    let expand = "SIX a = conv(x = x, weight = EXPAND); SIX b = relu6(x = a);";
+    let depthwise = "SIX c = conv(x = b, pad_type = string(\"same\"), groups = int32(6), weight = DEPTH); SIX d = relu(x = c);";
+    let cases = [
+        (
+            format!(
+                "{expand} {depthwise} FIVE e = conv(x = d, weight = PROJECT); FIVE y = add(x = e, y = x);"
+            ),
+            "ConvChain[ConvLast[1, 1] stride [1, 1] direct+Relu6, ConvLast[3, 3] stride [1, 1] depthwise+Relu, ConvLast[1, 1] stride [1, 1] direct]",
+        ),
+        (
+            format!("{expand} {depthwise} SIX y = sqrt(x = d);"),
+            "ConvChain[ConvLast[1, 1] stride [1, 1] direct+Relu6, ConvLast[3, 3] stride [1, 1] depthwise+Relu]",
+        ),
+        (
+            format!(
+                "{expand} {depthwise} FIVE e = conv(x = d, weight = PROJECT); FIVE g = conv(x = b, weight = PROJECT); FIVE y = add(x = e, y = g);"
+            ),
+            "ConvChain[ConvLast[3, 3] stride [1, 1] depthwise+Relu, ConvLast[1, 1] stride [1, 1] direct]",
+        ),
+        (
+            format!(
+                "{expand} {depthwise} FIVE e = conv(x = d, weight = PROJECT); FIVE y = avg_pool(x = e, kernel_sizes = tensor<int32, [2]>([1, 1]), pad_type = string(\"valid\"), strides = tensor<int32, [2]>([1, 1]));"
+            ),
+            "ConvChain",
+        ),
+    ];
+    for (steps, wanted) in cases {
+        let program = pictures(&steps);
+        let open = |passes: bool, threads: usize| {
+            let text = format!("program(1.3) {{ {program} }}");
+            let source = Source::memory([("case.mlmodelc/model.mil".to_string(), text.into())].into());
+            let file = Arc::new(mil::Model::open_source(source, "case.mlmodelc").unwrap());
+            let options = Options {
+                passes,
+                wide_outputs: true,
+                pool: Some(candle_coreml_kernels::Pool::new(threads)),
+                ..Options::default()
+            };
+            Model::load(file, None, options).unwrap()
+        };
+        let (on, off, many) = (open(true, 2), open(false, 2), open(true, 30));
+        let graph = |model: &Model| model.graph(&model.default_shapes().unwrap()).unwrap().to_string();
+        assert!(graph(&on).contains(wanted), "no {wanted} in\n{}", graph(&on));
+        assert!(
+            !graph(&many).contains("ConvChain"),
+            "200 rows are few for 30 threads:\n{}",
+            graph(&many)
+        );
+        for ((name, a), (_, b)) in run(&on, 7).iter().zip(&run(&off, 7)) {
+            let (a, b) = (a.to_f32(), b.to_f32());
+            assert_eq!(a.len(), b.len(), "{name}");
+            for (x, y) in a.iter().zip(&b) {
+                assert!(
+                    (x - y).abs() <= 2e-6 * (1.0 + y.abs()),
+                    "{name}: {x} is not {y} in\n{steps}"
+                );
+            }
+        }
+    }
+}
