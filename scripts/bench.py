@@ -41,6 +41,9 @@ endfunction()
 cmake_language(DEFER CALL together)
 """
 
+# Whether `fast` numerics have instructions of their own here.
+FAST = any(flag in open("/proc/cpuinfo").read() for flag in (" avx512_bf16", " amx_bf16"))
+
 # Work, engine's model, against, its model, request, wanted ratio, lowest allowed; none where nothing was asked.
 LANGUAGE = [
     ("decode 64, fp16 weights", "fp16", "F16", "decode 64 0", 1.5, 1.3),
@@ -49,6 +52,13 @@ LANGUAGE = [
     ("prefill 256, fp16 weights", "fp16", "F16", "prefill 256", 1.5, 1.1),
     ("prefill 64, 4-bit palettes", "lut4", "Q4_0", "prefill 64", None, None),
 ]
+# The same with `fast` numerics.
+LANGUAGE_FAST = [
+    ("prefill 64, fp16 weights, `fast`", "fp16", "F16", "prefill 64", 4.0, 2.5),
+    ("prefill 256, fp16 weights, `fast`", "fp16", "F16", "prefill 256", 4.0, 2.5),
+]
+# `fast` against OpenVINO in bf16.
+NETWORKS_FAST = ("resnet50", "mobilenet_v2", "mobilenet_v3", "minilm32", "minilm128")
 NETWORKS = {
     "resnet50": (1.2, 1.0),
     "mobilenet_v2": (1.2, 1.0),
@@ -135,8 +145,8 @@ class Peer:
         self.process.wait()
 
 
-def ours(bundles, name):
-    return Peer(RELEASE / "examples/timed_tokens", bundles / name, THREADS)
+def ours(bundles, name, *numerics):
+    return Peer(RELEASE / "examples/timed_tokens", bundles / name, THREADS, *numerics)
 
 
 def theirs(program, models, kind):
@@ -156,7 +166,21 @@ def agreement(bundles, program, models):
     # llama.cpp rounds activations and cache to fp16, so that near ties fall otherwise and texts part there.
     if same < total / 2:
         sys.exit(f"the engines disagree: {same} of {total} greedy tokens are the same")
-    return f"{same} of {total} greedy tokens are the same on both sides before the first that differs."
+    text = f"{same} of {total} greedy tokens are the same on both sides before the first that differs."
+    return f"{text} {agreement_of_fast(bundles)}" if FAST else text
+
+
+def agreement_of_fast(bundles):
+    """The same between default and `fast` numerics, for prompts that are long enough to be computed in batches."""
+    same = total = 0
+    exact, fast = ours(bundles, "fp16"), ours(bundles, "fp16", "fast")
+    for prompt in PROMPTS:
+        a, b = (peer.ask(f"greedy 24 {' '.join([prompt] * 8)}").split() for peer in (exact, fast))
+        total += 24
+        same += next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), len(a))
+    exact.end()
+    fast.end()
+    return f"After prompts of 40 and more tokens, {same} of {total} are the same with `fast` numerics."
 
 
 def spread(values):
@@ -180,8 +204,9 @@ def turns(mine, other, request, rounds):
 
 def language(bundles, program, models, rounds):
     rows, decode = [], None
-    for work, name, kind, request, wanted, floor in LANGUAGE:
-        mine, other = ours(bundles, name), theirs(program, models, kind)
+    for work, name, kind, request, wanted, floor in LANGUAGE + (LANGUAGE_FAST if FAST else []):
+        mine = ours(bundles, name, *(["fast"] if "`fast`" in work else []))
+        other = theirs(program, models, kind)
         a, b = turns(mine, other, request, rounds)
         mine.end()
         other.end()
@@ -237,7 +262,8 @@ def network_rows(folder, names):
     """Rows of the table, and everything measured of each network."""
     rows, details = [], []
     for name in names:
-        found = networks.measure(folder, name, ("fp32", "fp16", "fast"))
+        others = ("openvino",) if FAST and name in NETWORKS_FAST else ()
+        found = networks.measure(folder, name, ("fp32", "fp16", "fast", *others))
         base = found["onnxruntime"]
         for label, row in found.items():
             details.append(networks.show(name, label, row))
@@ -248,6 +274,11 @@ def network_rows(folder, names):
         wanted, floor = NETWORKS.get(name, (None, None))
         against = "onnxruntime f32"
         rows.append((name, f"{mine['ms']:.2f} ms", against, f"{base['ms']:.2f} ms", mine["ratio"], wanted, floor, mine["spread"]))
+        if others:
+            fast, other = found["fast"], found["openvino"]
+            ratio = statistics.median(b / a for a, b in zip(fast["turns"], other["turns"]))
+            values = f"{fast['ms']:.2f} ms", "OpenVINO bf16", f"{other['ms']:.2f} ms"
+            rows.append((f"{name}, `fast`", *values, ratio, 1.0, 0.8, fast["spread"]))
         if name == "resnet50":
             a, b = mine["first_ms"], base["first_ms"]
             rows.append((f"{name}: open to first result", f"{a:.0f} ms", against, f"{b:.0f} ms", b / a, 1.0, 0.8, 0.0))
@@ -319,18 +350,19 @@ def machine():
 
 
 def versions():
-    names = ("onnxruntime", "numpy", "torch", "coremltools")
+    names = ("onnxruntime", *(["openvino"] if FAST else []), "numpy", "torch", "coremltools")
     return ", ".join([f"llama.cpp of llama-cpp-python {LLAMA}", *(f"{n} {importlib.metadata.version(n)}" for n in names)])
 
 
 def without(flags):
     """What the table of targets asks for and this machine has no instructions for."""
-    if "amx_bf16" in flags or "avx512f" in flags:
-        return "`fast` numerics compute as the default does: no kernel uses bf16 matrix units yet."
+    if "amx_bf16" in flags:
+        return "`fast` numerics use this processor's products of bf16 pairs, not its matrix units."
+    if FAST:
+        return "`fast` numerics use this processor's products of bf16 pairs; it has no matrix units (AMX), for which their targets were set."
     return (
-        "`fast` numerics may use bf16 matrix units; this processor has none and no kernel uses them yet, so `fast` computes as the "
-        "default does, and its targets for prefill and against OpenVINO in bf16 are not measured. The code for AVX-512 is "
-        "compiled, not run, here."
+        "`fast` numerics use products of bf16 pairs where a processor has them; this one has none, so that `fast` computes as the "
+        "default does, and its targets for prefill and against OpenVINO in bf16 are not measured."
     )
 
 

