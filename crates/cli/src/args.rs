@@ -553,8 +553,11 @@ pub enum UnitsName {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub enum NumericsName {
+    /// fp16 programs are computed in f32
     Default,
+    /// Every fp16 result is rounded to fp16
     Faithful,
+    /// Factors of large products are rounded to bf16 where the processor multiplies it
     Fast,
 }
 

@@ -1,8 +1,8 @@
-//! Where a prediction's time goes: `profile MODEL [FUNCTION] [THREADS]`, for the default shapes and zeros as inputs.
+//! Where a prediction's time goes: `profile MODEL [FUNCTION] [THREADS] [fast]`, for the default shapes and zeros as inputs.
 
 use candle_coreml_kernels::Pool;
 use candle_coreml_mil::{Model as File, ValueType};
-use candle_coreml_portable::{Array, Data, Done, Model, Observer, Options};
+use candle_coreml_portable::{Array, Data, Done, Model, Numerics, Observer, Options};
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::sync::Arc;
@@ -39,11 +39,18 @@ impl Observer for Times {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let path = arguments.first().ok_or("profile MODEL [FUNCTION] [THREADS]")?;
+    let path = arguments
+        .first()
+        .ok_or("profile MODEL [FUNCTION] [THREADS] [fast]")?;
     let threads = arguments.get(2).map_or(Ok(2), |t| t.parse())?;
     let file = Arc::new(File::open(path)?);
     let options = Options {
         pool: Some(Pool::new(threads)),
+        numerics: if arguments.get(3).is_some_and(|word| word == "fast") {
+            Numerics::Fast
+        } else {
+            Numerics::Default
+        },
         ..Options::default()
     };
     let model = Model::load(file.clone(), arguments.get(1).map(String::as_str), options)?;

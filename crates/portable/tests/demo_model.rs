@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)] // a test stops at what it did not expect
 
 use candle_coreml_mil as mil;
-use candle_coreml_portable::{Array, Data, Model, Options, State};
+use candle_coreml_portable::{Array, Data, Model, Numerics, Options, State};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -17,10 +17,11 @@ fn part(word: &str) -> PathBuf {
     files.find(|p| p.to_string_lossy().contains(word)).unwrap()
 }
 
-fn open(word: &str, function: Option<&str>, passes: bool) -> Model {
+fn open(word: &str, function: Option<&str>, passes: bool, numerics: Numerics) -> Model {
     let file = mil::Model::open(part(word)).unwrap();
     let options = Options {
         passes,
+        numerics,
         wide_outputs: true,
         ..Options::default()
     };
@@ -35,13 +36,13 @@ struct Parts {
 }
 
 impl Parts {
-    fn open(passes: bool) -> Parts {
-        let infer = open("FFN_PF", Some("infer"), passes);
+    fn open(passes: bool, numerics: Numerics) -> Parts {
+        let infer = open("FFN_PF", Some("infer"), passes, numerics);
         Parts {
-            embeddings: open("embeddings", None, passes),
+            embeddings: open("embeddings", None, passes, numerics),
             prefill: infer.with_function("prefill").unwrap(),
             infer,
-            head: open("lm_head", None, passes),
+            head: open("lm_head", None, passes, numerics),
         }
     }
 
@@ -110,7 +111,10 @@ impl Parts {
 
 #[test]
 fn merged_and_plain_operations_give_the_same_logits() {
-    let (on, off) = (Parts::open(true), Parts::open(false));
+    let (on, off) = (
+        Parts::open(true, Numerics::Default),
+        Parts::open(false, Numerics::Default),
+    );
     let (mut a, mut b) = (on.infer.make_state(), off.infer.make_state());
     let prompt: Vec<i32> = (0..BATCH as i32).map(|i| (i * 61 + 7) % 4096).collect();
     on.layers(&prompt, 0, &mut a);
@@ -129,4 +133,23 @@ fn merged_and_plain_operations_give_the_same_logits() {
             "step {step}: the logits are all small"
         );
     }
+}
+
+#[test]
+fn fast_numerics_change_logits_by_what_eight_bits_hold() {
+    let exact = Parts::open(true, Numerics::Default);
+    let fast = Parts::open(true, Numerics::Fast);
+    let (mut a, mut b) = (exact.infer.make_state(), fast.infer.make_state());
+    let prompt: Vec<i32> = (0..BATCH as i32).map(|i| (i * 61 + 7) % 4096).collect();
+    let x = exact.layers(&prompt, 0, &mut a);
+    let y = fast.layers(&prompt, 0, &mut b);
+    // Where the processor has no products of bf16, both are the same.
+    let norm = |v: &mut dyn Iterator<Item = f32>| v.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+    let error = norm(&mut x.iter().zip(&y).map(|(x, y)| x - y)) / norm(&mut x.iter().copied());
+    assert!(error < 0.03, "hidden states differ by {error}");
+    // One token at a time, both compute the same; what differs is the cache that the batch wrote.
+    let x = exact.logits(&exact.layers(&[494], BATCH, &mut a));
+    let y = fast.logits(&fast.layers(&[494], BATCH, &mut b));
+    let error = norm(&mut x.iter().zip(&y).map(|(x, y)| x - y)) / norm(&mut x.iter().copied());
+    assert!(error < 0.03, "logits differ by {error}");
 }

@@ -240,19 +240,14 @@ impl Row<'_> {
         let at = self.target(column) + channel;
         let channels = self.call.y_dims[3];
         let there = (channels - channel).min(V * S::LANES);
-        if epilogue.in_registers() {
-            // SAFETY: the caller's.
-            return unsafe { epilogue.finish::<S, T, V, PART>(s, sums, (channel, there), (y, at, channels)) };
-        }
-        let mut lines = [0.0; 16 * VECTORS * TILE];
-        for (t, sums) in sums.into_iter().enumerate() {
-            for (v, sum) in sums.into_iter().enumerate() {
-                // SAFETY: no vector is longer than sixteen lanes.
-                unsafe { s.store(lines.as_mut_ptr().add((t * V + v) * S::LANES), sum) };
+        let place = (y, at, channels);
+        // SAFETY: the caller's.
+        unsafe {
+            if epilogue.in_registers() {
+                epilogue.finish::<S, T, V, PART>(s, sums, (channel, there), place);
+            } else {
+                epilogue.finish_in_memory::<S, T, V, PART>(s, sums, (channel, there), place);
             }
         }
-        let line = V * S::LANES;
-        // SAFETY: the caller's.
-        unsafe { epilogue.put_lines(&mut lines[..T * line], line, there, channel, y, at, channels) };
     }
 }

@@ -414,32 +414,16 @@ impl<P: Fn(usize, &mut [*const f32]), const PAIRS: bool> Part<'_, P, PAIRS> {
         let sums = unsafe { windows::<S, R, V, PAIRS>(s, rows, self.product.runs, panel.as_ptr()) };
         let outputs = self.product.outputs;
         let there = (outputs - first).min(V * S::LANES);
-        if self.epilogue.in_registers() {
-            let place = (self.y, pixel * outputs + first, outputs);
-            // SAFETY: these outputs exist and are this thread's.
-            return unsafe {
-                if there == V * S::LANES {
-                    self.epilogue
-                        .finish::<S, R, V, false>(s, sums, (first, there), place);
-                } else {
-                    self.epilogue
-                        .finish::<S, R, V, true>(s, sums, (first, there), place);
-                }
-            };
-        }
-        let mut square = [0.0; 32 * ROWS];
-        for (r, sums) in sums.into_iter().enumerate() {
-            for (v, sum) in sums.into_iter().enumerate() {
-                // SAFETY: a tile has six rows of two vectors, of 16 lanes each at most.
-                unsafe { s.store(square.as_mut_ptr().add((r * V + v) * S::LANES), sum) };
-            }
-        }
-        let line = V * S::LANES;
+        let place = (self.y, pixel * outputs + first, outputs);
+        let (epilogue, some, whole) = (&self.epilogue, (first, there), there == V * S::LANES);
         // SAFETY: these outputs exist and are this thread's.
         unsafe {
-            let at = pixel * outputs + first;
-            self.epilogue
-                .put_lines(&mut square[..R * line], line, there, first, self.y, at, outputs);
+            match (epilogue.in_registers(), whole) {
+                (true, true) => epilogue.finish::<S, R, V, false>(s, sums, some, place),
+                (true, false) => epilogue.finish::<S, R, V, true>(s, sums, some, place),
+                (false, true) => epilogue.finish_in_memory::<S, R, V, false>(s, sums, some, place),
+                (false, false) => epilogue.finish_in_memory::<S, R, V, true>(s, sums, some, place),
+            }
         }
     }
 }

@@ -104,6 +104,13 @@ impl Act {
     }
 }
 
+/// Where vector `v` of some outputs begins among them, and how many of the `there` outputs it has.
+#[inline(always)]
+fn part_of<S: Simd>(v: usize, there: usize) -> (usize, usize) {
+    let beside = v * S::LANES;
+    (beside, there.saturating_sub(beside).min(S::LANES))
+}
+
 impl<'a> Epilogue<'a> {
     /// The epilogue of a call whose result is `len` numbers at `y`.
     pub(super) fn new(conv: &ConvLast<'a>, y: Shared<f32>, len: usize) -> Self {
@@ -247,43 +254,63 @@ impl<'a> Epilogue<'a> {
         unsafe { s.store_some::<PART>(y.at(at as isize), sum, there) };
     }
 
-    /// Finishes the sums of several pixels: lines of `line` numbers of which the first `there` are outputs `output..`; the
-    /// first pixel's go to element `at` of the result, the next one's `step` behind.
+    /// As [`Epilogue::finish`], for any epilogue: activations work on memory.
     ///
     /// # Safety
-    /// As [`Epilogue::put_slice`], for each line.
-    #[allow(clippy::too_many_arguments)] // the geometry of a tile
-    pub(super) unsafe fn put_lines(
+    /// As there.
+    #[inline(always)]
+    pub(super) unsafe fn finish_in_memory<S: Simd, const R: usize, const V: usize, const PART: bool>(
         &self,
-        sums: &mut [f32],
-        line: usize,
-        there: usize,
-        output: usize,
-        y: Shared<f32>,
-        at: usize,
-        step: usize,
+        s: S,
+        sums: [[S::F; V]; R],
+        (output, there): (usize, usize),
+        (y, at, line): (Shared<f32>, usize, usize),
     ) {
-        if let Some(bias) = self.bias {
-            for sums in sums.chunks_exact_mut(line) {
-                sums.iter_mut()
-                    .zip(&bias[output..output + there])
-                    .for_each(|(sum, b)| *sum += b);
+        // A tile has twelve vectors at most, of sixteen lanes.
+        let mut memory = [0.0; 12 * 16];
+        let used = R * V * S::LANES;
+        assert!(used <= memory.len(), "conv: a tile");
+        for v in 0..V {
+            let (beside, count) = part_of::<S>(v, there);
+            let bias = match self.bias {
+                // SAFETY: the caller's.
+                Some(bias) => unsafe {
+                    s.load_some::<PART>(bias.as_ptr().wrapping_add(output + beside), count)
+                },
+                None => s.zero(),
+            };
+            for (r, sums) in sums.iter().enumerate() {
+                // SAFETY: vector `r * V + v` of the tile.
+                unsafe {
+                    s.store(
+                        memory.as_mut_ptr().add((r * V + v) * S::LANES),
+                        s.add(sums[v], bias),
+                    )
+                };
             }
         }
-        self.activation.slice(sums);
+        self.activation.slice(&mut memory[..used]);
         if let Some(residual) = self.residual {
-            for (i, sums) in sums.chunks_exact_mut(line).enumerate() {
-                let from = residual.at((at + i * step) as isize);
-                for (j, sum) in sums[..there].iter_mut().enumerate() {
-                    // SAFETY: the caller's.
-                    *sum += unsafe { *from.add(j) };
+            for r in 0..R {
+                for v in 0..V {
+                    let (beside, count) = part_of::<S>(v, there);
+                    let place = memory.as_mut_ptr().wrapping_add((r * V + v) * S::LANES);
+                    let from = residual.at((at + r * line + beside) as isize);
+                    // SAFETY: as above for the tile, the caller's for the residual.
+                    unsafe { s.store(place, s.add(s.load(place), s.load_some::<PART>(from, count))) };
                 }
             }
         }
-        self.last.slice(sums);
-        for (i, sums) in sums.chunks_exact(line).enumerate() {
-            // SAFETY: the caller's; the sums are memory of their own.
-            unsafe { std::ptr::copy_nonoverlapping(sums.as_ptr(), y.at((at + i * step) as isize), there) };
+        self.last.slice(&mut memory[..used]);
+        for r in 0..R {
+            for v in 0..V {
+                let (beside, count) = part_of::<S>(v, there);
+                // SAFETY: as above for the tile, the caller's for the result.
+                unsafe {
+                    let x = s.load(memory.as_ptr().add((r * V + v) * S::LANES));
+                    s.store_some::<PART>(y.at((at + r * line + beside) as isize), x, count);
+                }
+            }
         }
     }
 

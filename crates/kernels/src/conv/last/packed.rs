@@ -8,6 +8,9 @@ use crate::simd::has_pairs;
 use crate::weights::Weights;
 use half::bf16;
 
+/// Channels of pictures that come from outside.
+const FEW: usize = 4;
+
 /// How a convolution is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Way {
@@ -166,8 +169,6 @@ impl PackedConv {
 
     /// Whether pictures may come with their channels apart: they are copied once anyway, or small.
     pub fn gathers(&self) -> bool {
-        /// Channels of pictures that come from outside.
-        const FEW: usize = 4;
         matches!(self.way, Way::Direct | Way::Pairs) && self.channels <= FEW
     }
 
@@ -203,10 +204,14 @@ fn best_way(
     if params.groups > 1 {
         return Way::Depthwise;
     }
+    /// Sums a pixel of few channels takes from which pairs make up for rounding it, channel by channel.
+    const LEAST_SUMS: usize = 1024;
     let transformed = winograd::worth(params, channels, outputs, pixels);
+    let cells = params.kernel[1] * params.kernel[2];
+    let pays = channels > FEW || cells * outputs >= LEAST_SUMS;
     match arithmetic {
         Arithmetic::InOrder => Way::Direct,
-        Arithmetic::Bf16 if transformed == Way::Direct && has_pairs() => Way::Pairs,
+        Arithmetic::Bf16 if transformed == Way::Direct && pays && has_pairs() => Way::Pairs,
         Arithmetic::F32 | Arithmetic::Bf16 => transformed,
     }
 }
