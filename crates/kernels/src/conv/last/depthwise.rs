@@ -1,7 +1,7 @@
 //! One channel a group: every window runs along the channels.
 //!
-//! A row of the result is computed in strips of channels. Inside the strip, pixels whose windows lie in the picture go in
-//! tiles, so that a weight is read once for several pixels; those at the edges go one by one, with the cells they have.
+//! Pixels of a row whose windows lie in the picture go in tiles, so that a weight is read once for several pixels; those at the
+//! edges go one by one, with the cells they have. All channels of a tile are computed before the next one.
 
 use super::Call;
 use crate::loops::Shared;
@@ -96,22 +96,33 @@ impl Kernel for Row<'_> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let channels = self.call.x_dims[3];
         let rows = inside(self.call, 1, self.row, self.call.x_dims[1]);
-        let columns = whole(self.call);
-        let mut channel = 0;
-        // SAFETY: the channels exist, and this row is this thread's.
-        unsafe {
-            while channel + VECTORS * S::LANES <= channels {
-                self.strip::<S, VECTORS, false>(s, &rows, &columns, channel);
-                channel += VECTORS * S::LANES;
-            }
-            while channel + S::LANES <= channels {
-                self.strip::<S, 1, false>(s, &rows, &columns, channel);
-                channel += S::LANES;
-            }
-            if channel < channels {
-                self.strip::<S, 1, true>(s, &rows, &columns, channel);
+        let whole = whole(self.call);
+        let cells = |columns| Cells {
+            rows: rows.clone(),
+            columns,
+        };
+        let all = cells(0..self.call.params.kernel[2]);
+        let mut column = 0;
+        // Pixels before channels: what is read lies side by side.
+        while column < self.call.y_dims[2] {
+            let left = whole.end.saturating_sub(column);
+            // SAFETY: the cells lie in the picture, and this row is this thread's.
+            unsafe {
+                if !whole.contains(&column) {
+                    let columns = inside(self.call, 2, column, self.call.x_dims[2]);
+                    self.across::<S, 1>(s, &cells(columns), column);
+                    column += 1;
+                } else if left >= TILE {
+                    self.across::<S, TILE>(s, &all, column);
+                    column += TILE;
+                } else if left >= 3 {
+                    self.across::<S, 3>(s, &all, column);
+                    column += 3;
+                } else {
+                    self.across::<S, 1>(s, &all, column);
+                    column += 1;
+                }
             }
         }
     }
@@ -140,42 +151,26 @@ impl Row<'_> {
         self.at + column * self.call.y_dims[3]
     }
 
-    /// The row for `V` vectors of channels from `channel` on; where `PART`, the last of them is the last channels.
+    /// All channels of `T` pixels from `column` on.
     ///
     /// # Safety
-    /// The channels exist, and the row is this thread's.
+    /// The cells lie in the picture for all these pixels, and the row is this thread's.
     #[inline(always)]
-    unsafe fn strip<S: Simd, const V: usize, const PART: bool>(
-        &self,
-        s: S,
-        rows: &Range<usize>,
-        whole: &Range<usize>,
-        channel: usize,
-    ) {
-        let cells = |columns| Cells {
-            rows: rows.clone(),
-            columns,
-        };
-        let all = cells(0..self.call.params.kernel[2]);
-        let mut column = 0;
-        while column < self.call.y_dims[2] {
-            let left = whole.end.saturating_sub(column);
-            // SAFETY: the cells lie in the picture, and the rest is the caller's.
-            unsafe {
-                if !whole.contains(&column) {
-                    let columns = inside(self.call, 2, column, self.call.x_dims[2]);
-                    self.tile::<S, 1, V, PART>(s, &cells(columns), column, channel);
-                    column += 1;
-                } else if left >= TILE {
-                    self.tile::<S, TILE, V, PART>(s, &all, column, channel);
-                    column += TILE;
-                } else if left >= 3 {
-                    self.tile::<S, 3, V, PART>(s, &all, column, channel);
-                    column += 3;
-                } else {
-                    self.tile::<S, 1, V, PART>(s, &all, column, channel);
-                    column += 1;
-                }
+    unsafe fn across<S: Simd, const T: usize>(&self, s: S, cells: &Cells, column: usize) {
+        let channels = self.call.x_dims[3];
+        let mut channel = 0;
+        // SAFETY: the channels exist, the rest is the caller's.
+        unsafe {
+            while channel + VECTORS * S::LANES <= channels {
+                self.tile::<S, T, VECTORS, false>(s, cells, column, channel);
+                channel += VECTORS * S::LANES;
+            }
+            while channel + S::LANES <= channels {
+                self.tile::<S, T, 1, false>(s, cells, column, channel);
+                channel += S::LANES;
+            }
+            if channel < channels {
+                self.tile::<S, T, 1, true>(s, cells, column, channel);
             }
         }
     }
