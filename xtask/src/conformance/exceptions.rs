@@ -43,6 +43,15 @@ pub static EXCEPTIONS: &[Exception] = &[
     },
     Exception {
         words: &[
+            "iOS15/test_image_resizing.py",
+            "TestResample::test_builder_to_backend_smoke",
+            "precision='fp32'",
+        ],
+        reason: "assert 0 == 2",
+        why: "after predictions that agree, the two casts are counted that the converter puts around a program in fp16; one in fp32 has none",
+    },
+    Exception {
+        words: &[
             "TestNormalizationL2Norm::test_builder_to_backend_stress",
             "precision='fp32'",
             "numpy.float16",
