@@ -5,7 +5,7 @@ use super::depthwise::{Lines, Row, inside};
 use super::direct::{Part, Product, Rounded, Runs};
 use super::epilogue::Epilogue;
 use super::packed::Way;
-use super::{Call, ConvLast};
+use super::{Beside, Call, ConvLast};
 use crate::conv::ConvParams;
 use crate::loops::Shared;
 use crate::pool::Pool;
@@ -53,7 +53,7 @@ pub fn has_conv_chain(chain: &ConvChain<'_>) -> bool {
 /// Computes `y[n, h, w, o]` (row-major) from `x[n, h, w, c]`, whose channels lie side by side.
 ///
 /// # Panics
-/// When [`has_conv_chain`] says no, or the shapes do not fit each other.
+/// When [`has_conv_chain`] says no, the shapes do not fit each other, or another than the last has a residual.
 pub fn conv_chain(
     pool: &Pool,
     x: View<'_, f32>,
@@ -79,6 +79,15 @@ pub fn conv_chain(
     assert!(
         (x.strides()[3] == 1 || x_dims[3] == 1) && y.is_contiguous(),
         "conv: channels side by side"
+    );
+    assert!(
+        chain.depthwise.bias.is_none_or(|bias| bias.len() == channels),
+        "conv: one bias per output"
+    );
+    let alone = |c: &ConvLast<'_>| matches!(c.residual, Beside::None);
+    assert!(
+        chain.expand.is_none_or(|e| alone(&e)) && alone(&chain.depthwise),
+        "conv: a residual inside a chain"
     );
     if y_dims.contains(&0) {
         return;

@@ -166,7 +166,7 @@ impl<'a> Epilogue<'a> {
     ) {
         let mut counts = [S::LANES; V];
         for (v, count) in counts.iter_mut().enumerate() {
-            *count = there.saturating_sub(v * S::LANES).min(S::LANES);
+            *count = part_of::<S>(v, there).1;
         }
         let mut vectors = [s.zero(); V];
         if let Some(bias) = self.bias {
