@@ -337,7 +337,7 @@ pub(crate) fn has_pairs() -> bool {
     false
 }
 
-/// As [`dispatch`], for a kernel of pairs of bf16.
+/// As [`dispatch`], for a kernel of pairs of bf16: with the portable set where the processor has none, for tests alone.
 #[inline]
 pub(crate) fn dispatch_pairs<K: Kernel>(kernel: K) -> K::Out {
     #[cfg(target_arch = "x86_64")]
@@ -345,7 +345,7 @@ pub(crate) fn dispatch_pairs<K: Kernel>(kernel: K) -> K::Out {
         // SAFETY: the instructions were found.
         return unsafe { x86::with_avx512_bf16(kernel) };
     }
-    dispatch(kernel)
+    kernel.run(Scalar)
 }
 
 #[cfg(test)]

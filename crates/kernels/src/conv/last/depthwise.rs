@@ -241,7 +241,7 @@ impl Row<'_> {
             if epilogue.in_registers() {
                 epilogue.finish::<S, T, V, PART>(s, sums, (channel, there), place);
             } else {
-                epilogue.finish_in_memory::<S, T, V, PART>(s, sums, (channel, there), place);
+                epilogue.finish_in_memory(s, sums, (channel, there), place);
             }
         }
     }

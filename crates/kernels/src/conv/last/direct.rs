@@ -421,8 +421,7 @@ impl<P: Fn(usize, &mut [*const f32]), const PAIRS: bool> Part<'_, P, PAIRS> {
             match (epilogue.in_registers(), whole) {
                 (true, true) => epilogue.finish::<S, R, V, false>(s, sums, some, place),
                 (true, false) => epilogue.finish::<S, R, V, true>(s, sums, some, place),
-                (false, true) => epilogue.finish_in_memory::<S, R, V, false>(s, sums, some, place),
-                (false, false) => epilogue.finish_in_memory::<S, R, V, true>(s, sums, some, place),
+                (false, _) => epilogue.finish_in_memory(s, sums, some, place),
             }
         }
     }

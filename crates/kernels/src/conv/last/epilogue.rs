@@ -4,7 +4,7 @@ use super::{Beside, ConvLast};
 use crate::elementwise::math::{hard_swish, silu};
 use crate::elementwise::{Unary, apply_slice};
 use crate::loops::Shared;
-use crate::simd::Simd;
+use crate::simd::{Kernel, Simd, dispatch};
 
 /// The steps after the sums, with the frequent activations told apart.
 #[derive(Debug, Clone, Copy)]
@@ -259,59 +259,31 @@ impl<'a> Epilogue<'a> {
     /// # Safety
     /// As there.
     #[inline(always)]
-    pub(super) unsafe fn finish_in_memory<S: Simd, const R: usize, const V: usize, const PART: bool>(
+    pub(super) unsafe fn finish_in_memory<S: Simd, const R: usize, const V: usize>(
         &self,
         s: S,
         sums: [[S::F; V]; R],
-        (output, there): (usize, usize),
-        (y, at, line): (Shared<f32>, usize, usize),
+        outputs: (usize, usize),
+        place: (Shared<f32>, usize, usize),
     ) {
         // A tile has twelve vectors at most, of sixteen lanes.
         let mut memory = [0.0; 12 * 16];
-        let used = R * V * S::LANES;
-        assert!(used <= memory.len(), "conv: a tile");
-        for v in 0..V {
-            let (beside, count) = part_of::<S>(v, there);
-            let bias = match self.bias {
-                // SAFETY: the caller's.
-                Some(bias) => unsafe {
-                    s.load_some::<PART>(bias.as_ptr().wrapping_add(output + beside), count)
-                },
-                None => s.zero(),
-            };
-            for (r, sums) in sums.iter().enumerate() {
-                // SAFETY: vector `r * V + v` of the tile.
-                unsafe {
-                    s.store(
-                        memory.as_mut_ptr().add((r * V + v) * S::LANES),
-                        s.add(sums[v], bias),
-                    )
-                };
+        let line = V * S::LANES;
+        assert!(R * line <= memory.len(), "conv: a tile");
+        for (r, sums) in sums.iter().enumerate() {
+            for (v, sum) in sums.iter().enumerate() {
+                // SAFETY: vector `v` of line `r` of the tile.
+                unsafe { s.store(memory.as_mut_ptr().add(r * line + v * S::LANES), *sum) };
             }
         }
-        self.activation.slice(&mut memory[..used]);
-        if let Some(residual) = self.residual {
-            for r in 0..R {
-                for v in 0..V {
-                    let (beside, count) = part_of::<S>(v, there);
-                    let place = memory.as_mut_ptr().wrapping_add((r * V + v) * S::LANES);
-                    let from = residual.at((at + r * line + beside) as isize);
-                    // SAFETY: as above for the tile, the caller's for the residual.
-                    unsafe { s.store(place, s.add(s.load(place), s.load_some::<PART>(from, count))) };
-                }
-            }
-        }
-        self.last.slice(&mut memory[..used]);
-        for r in 0..R {
-            for v in 0..V {
-                let (beside, count) = part_of::<S>(v, there);
-                // SAFETY: as above for the tile, the caller's for the result.
-                unsafe {
-                    let x = s.load(memory.as_ptr().add((r * V + v) * S::LANES));
-                    s.store_some::<PART>(y.at((at + r * line + beside) as isize), x, count);
-                }
-            }
-        }
+        // Once for all sizes of tiles.
+        dispatch(InMemory {
+            epilogue: self,
+            tile: &mut memory[..R * line],
+            line,
+            outputs,
+            place,
+        });
     }
 
     /// Finishes the sums of outputs `output..` of one pixel and stores them at element `at` of the result `y`.
@@ -335,6 +307,58 @@ impl<'a> Epilogue<'a> {
         for (i, sum) in sums.iter().enumerate() {
             // SAFETY: the caller's.
             unsafe { *y.at((at + i) as isize) = *sum };
+        }
+    }
+}
+
+/// Sums in lines of `line` numbers, finished by an epilogue. Made by [`Epilogue::finish_in_memory`] alone, on its caller's word.
+struct InMemory<'a> {
+    epilogue: &'a Epilogue<'a>,
+    tile: &'a mut [f32],
+    line: usize,
+    /// The first output, and how many of a line there are.
+    outputs: (usize, usize),
+    /// The result, the element of the first line, and the way to the next one.
+    place: (Shared<f32>, usize, usize),
+}
+
+impl Kernel for InMemory<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let ((output, there), (y, at, step)) = (self.outputs, self.place);
+        let (epilogue, lines) = (self.epilogue, self.tile.len() / self.line);
+        let vectors = self.line / S::LANES;
+        for r in 0..lines {
+            for v in 0..vectors {
+                let (beside, count) = part_of::<S>(v, there);
+                let sum = self.tile[r * self.line + beside..].as_mut_ptr();
+                if let Some(bias) = epilogue.bias {
+                    // SAFETY: a vector of the tile, and as many biases as there are outputs.
+                    unsafe {
+                        let bias = s.load_part(bias.as_ptr().wrapping_add(output + beside), count);
+                        s.store(sum, s.add(s.load(sum), bias));
+                    }
+                }
+            }
+        }
+        epilogue.activation.slice(self.tile);
+        if let Some(residual) = epilogue.residual {
+            for r in 0..lines {
+                for v in 0..vectors {
+                    let (beside, count) = part_of::<S>(v, there);
+                    let sum = self.tile[r * self.line + beside..].as_mut_ptr();
+                    let from = residual.at((at + r * step + beside) as isize);
+                    // SAFETY: as above; the residual has the outputs.
+                    unsafe { s.store(sum, s.add(s.load(sum), s.load_part(from, count))) };
+                }
+            }
+        }
+        epilogue.last.slice(self.tile);
+        for (r, line) in self.tile.chunks_exact(self.line).enumerate() {
+            let to = y.at((at + r * step) as isize);
+            // SAFETY: these outputs exist and are this thread's; the tile is memory of its own.
+            unsafe { to.copy_from_nonoverlapping(line.as_ptr(), there) };
         }
     }
 }
