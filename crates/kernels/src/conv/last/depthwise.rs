@@ -215,34 +215,9 @@ impl Row<'_> {
                 x = x.wrapping_offset(beside);
             }
         }
-        // SAFETY: the caller's.
-        unsafe { self.put::<S, T, V, PART>(s, sums, column, channel) };
-    }
-
-    /// What follows the sums of [`Row::tile`].
-    ///
-    /// # Safety
-    /// As there.
-    #[inline(always)]
-    unsafe fn put<S: Simd, const T: usize, const V: usize, const PART: bool>(
-        &self,
-        s: S,
-        sums: [[S::F; V]; T],
-        column: usize,
-        channel: usize,
-    ) {
-        let (epilogue, y) = (&self.call.epilogue, self.y);
         let at = self.target(column) + channel;
-        let channels = self.call.y_dims[3];
-        let there = (channels - channel).min(V * S::LANES);
-        let place = (y, at, channels);
+        let outputs = (channel, there.min(V * S::LANES));
         // SAFETY: the caller's.
-        unsafe {
-            if epilogue.in_registers() {
-                epilogue.finish::<S, T, V, PART>(s, sums, (channel, there), place);
-            } else {
-                epilogue.finish_in_memory(s, sums, (channel, there), place);
-            }
-        }
+        unsafe { call.epilogue.finish(s, sums, outputs, (self.y, at, channels)) };
     }
 }

@@ -415,15 +415,8 @@ impl<P: Fn(usize, &mut [*const f32]), const PAIRS: bool> Part<'_, P, PAIRS> {
         let outputs = self.product.outputs;
         let there = (outputs - first).min(V * S::LANES);
         let place = (self.y, pixel * outputs + first, outputs);
-        let (epilogue, some, whole) = (&self.epilogue, (first, there), there == V * S::LANES);
         // SAFETY: these outputs exist and are this thread's.
-        unsafe {
-            match (epilogue.in_registers(), whole) {
-                (true, true) => epilogue.finish::<S, R, V, false>(s, sums, some, place),
-                (true, false) => epilogue.finish::<S, R, V, true>(s, sums, some, place),
-                (false, _) => epilogue.finish_in_memory(s, sums, some, place),
-            }
-        }
+        unsafe { self.epilogue.finish(s, sums, (first, there), place) };
     }
 }
 

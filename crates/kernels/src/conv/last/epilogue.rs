@@ -149,15 +149,42 @@ impl<'a> Epilogue<'a> {
         !matches!(self.steps, Steps::Memory)
     }
 
-    /// Finishes the sums of outputs `output..` of `R` pixels, for an epilogue that is [in registers](Epilogue::in_registers);
-    /// the first pixel's go to element `at` of the result `y`, the next one's `line` behind. Where `PART`, there are `there`
-    /// outputs of these, else as many as lanes.
+    /// Finishes the sums of outputs `output..`, of which `there` are there, of `R` pixels; the first pixel's go to element `at` of
+    /// the result `y`, the next one's `line` behind.
     ///
     /// # Safety
     /// Bias, result and residual have these elements, and they are this thread's.
     #[inline(always)]
+    pub(super) unsafe fn finish<S: Simd, const R: usize, const V: usize>(
+        &self,
+        s: S,
+        sums: [[S::F; V]; R],
+        outputs: (usize, usize),
+        place: (Shared<f32>, usize, usize),
+    ) {
+        let whole = outputs.1 == V * S::LANES;
+        // SAFETY: the caller's.
+        unsafe {
+            match self.steps {
+                Steps::Clip(_) | Steps::HardSwish(_) | Steps::Silu | Steps::Residual(..) if whole => {
+                    self.finish_in_registers::<S, R, V, false>(s, sums, outputs, place);
+                }
+                Steps::Clip(_) | Steps::Residual(..) => {
+                    self.finish_in_registers::<S, R, V, true>(s, sums, outputs, place);
+                }
+                _ => self.finish_in_memory(s, sums, outputs, place),
+            }
+        }
+    }
+
+    /// [`Epilogue::finish`] for frequent steps: any of those told apart where all lanes are outputs, and, where `PART`, a clip or a
+    /// residual. It is compiled for every size of tile, so it has no more than pays.
+    ///
+    /// # Safety
+    /// As there.
+    #[inline(always)]
     #[allow(clippy::needless_range_loop)] // with iterators the sums leave their registers
-    pub(super) unsafe fn finish<S: Simd, const R: usize, const V: usize, const PART: bool>(
+    unsafe fn finish_in_registers<S: Simd, const R: usize, const V: usize, const PART: bool>(
         &self,
         s: S,
         sums: [[S::F; V]; R],
@@ -199,8 +226,8 @@ impl<'a> Epilogue<'a> {
                 let range = clip(range);
                 each!(x, at, count => clipped(range, x));
             }
-            Steps::HardSwish(parameters) => each!(x, at, count => hard_swish(s, x, parameters)),
-            Steps::Silu => each!(x, at, count => silu(s, x)),
+            Steps::HardSwish(parameters) if !PART => each!(x, at, count => hard_swish(s, x, parameters)),
+            Steps::Silu if !PART => each!(x, at, count => silu(s, x)),
             Steps::Residual(residual, [first, last]) => {
                 let (first, last) = (clip(first), clip(last));
                 each!(x, at, count => {
@@ -209,57 +236,36 @@ impl<'a> Epilogue<'a> {
                     clipped(last, s.add(clipped(first, x), beside))
                 });
             }
-            Steps::Registers | Steps::Memory => {
-                for r in 0..R {
-                    for v in 0..V {
-                        let beside = v * S::LANES;
-                        let place = (output + beside, counts[v]);
-                        // SAFETY: the caller's.
-                        unsafe { self.put::<S, PART>(s, sums[r][v], place, y, at + r * line + beside) };
-                    }
-                }
-            }
+            _ => unreachable!("asked before"),
         }
     }
 
-    /// Finishes `LANES` sums of outputs `output..`, or `there` of them where `PART`, and stores them at element `at` of the
-    /// result `y`.
+    /// Finishes `LANES` sums of outputs `output..` and stores them at element `at` of the result `y`.
     ///
     /// # Safety
     /// Bias, result and residual have these elements, and they are this thread's.
     #[inline(always)]
-    pub(super) unsafe fn put<S: Simd, const PART: bool>(
-        &self,
-        s: S,
-        mut sum: S::F,
-        (output, there): (usize, usize),
-        y: Shared<f32>,
-        at: usize,
-    ) {
+    pub(super) unsafe fn put<S: Simd>(&self, s: S, mut sum: S::F, output: usize, y: Shared<f32>, at: usize) {
         if let Some(bias) = self.bias {
             // SAFETY: the caller's.
-            sum = s.add(sum, unsafe {
-                s.load_some::<PART>(bias.as_ptr().wrapping_add(output), there)
-            });
+            sum = s.add(sum, unsafe { s.load(bias.as_ptr().add(output)) });
         }
         sum = self.activation.vector(s, sum);
         if let Some(residual) = self.residual {
             // SAFETY: the caller's.
-            sum = s.add(sum, unsafe {
-                s.load_some::<PART>(residual.at(at as isize), there)
-            });
+            sum = s.add(sum, unsafe { s.load(residual.at(at as isize)) });
         }
         sum = self.last.vector(s, sum);
         // SAFETY: the caller's.
-        unsafe { s.store_some::<PART>(y.at(at as isize), sum, there) };
+        unsafe { s.store(y.at(at as isize), sum) };
     }
 
-    /// As [`Epilogue::finish`], for any epilogue: activations work on memory.
+    /// [`Epilogue::finish`] for any epilogue: activations work on memory.
     ///
     /// # Safety
     /// As there.
     #[inline(always)]
-    pub(super) unsafe fn finish_in_memory<S: Simd, const R: usize, const V: usize>(
+    unsafe fn finish_in_memory<S: Simd, const R: usize, const V: usize>(
         &self,
         s: S,
         sums: [[S::F; V]; R],

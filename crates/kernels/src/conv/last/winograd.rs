@@ -371,7 +371,7 @@ impl<F: Form> Outputs<'_, F> {
         let (epilogue, y) = (&self.call.epilogue, self.call.y);
         if epilogue.in_registers() {
             // SAFETY: the caller's.
-            return unsafe { epilogue.put::<S, false>(s, value, (output, S::LANES), y, at) };
+            return unsafe { epilogue.put(s, value, output, y, at) };
         }
         let mut line = [0.0; LANES];
         // SAFETY: no vector is longer than sixteen lanes.
