@@ -1,14 +1,19 @@
 //! A persistent thread pool for very short jobs.
 //!
-//! Workers spin for a moment after a job, then sleep. A job is a number of chunks in as many ranges as there are threads (up
-//! to a few); each thread claims those of its own range one by one through an atomic counter, then those that are left of the
-//! others. A worker that the system has taken off its core costs its own chunk at most, one that wakes late finds the job
-//! closed and costs nothing, and what a thread wrote in one job is mostly what it reads in the next, from its own cache.
+//! Workers spin for a moment after a job, then sleep. A job is a number of chunks in as many lanes as there are threads (up to
+//! a few); each thread takes those of its own lane one by one, then those that are left of the others. A worker that the system
+//! has taken off its core costs its own chunk at most, one that wakes late finds nothing left and costs nothing, and what a
+//! thread wrote in one job is mostly what it reads in the next, from its own cache.
+//!
+//! Where cores share no cache, every line that one writes and another reads takes as long as hundreds of additions, so a job
+//! passes few of them: the job itself with its number, a lane for each worker, and the count of what the worker has done.
+//! Nothing says which workers take part. A worker that has taken a chunk knows by this alone that the job is not over, since
+//! the caller waits until as many chunks are done as there were, and only then looks what the job is.
 
 use std::any::Any;
-use std::cell::UnsafeCell;
+use std::cell::{Cell, UnsafeCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicIsize, AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -20,33 +25,42 @@ const SPIN: Duration = Duration::from_micros(150);
 /// More threads than this are not started, whatever is asked for.
 const MAX_THREADS: usize = 256;
 
-/// Set in `Shared::state` while a job may be joined; the bits below count the workers inside, those above the jobs.
-const OPEN: u64 = 1 << 31;
-const ACTIVE: u64 = OPEN - 1;
-const EPOCH: u64 = 1 << 32;
-
 type Task<'a> = dyn Fn(usize, usize) + Sync + 'a;
 
-/// The job being run: written by the caller while the pool is closed, read by workers that joined it.
+/// The job being run.
 #[derive(Clone, Copy)]
 struct Job {
     task: *const Task<'static>,
     chunks: usize,
 }
 
-/// The next chunk of a range, alone in its lines of cache.
+/// What the caller tells the workers, in one line of cache (processors fetch two).
+#[repr(align(128))]
+struct Board {
+    /// The number of the job: workers wait for another one.
+    number: AtomicU64,
+    /// Written by the caller while no chunk is left or under way, read by those who have taken one.
+    job: UnsafeCell<Option<Job>>,
+}
+
+/// Chunks of a part of the job that nobody has taken, alone in its lines of cache; below 0 when several found none.
 #[derive(Default)]
 #[repr(align(128))]
-struct Next(AtomicUsize);
+struct Lane(AtomicIsize);
 
-/// Ranges of a job at most: each is set anew for every job.
-const MOST_RANGES: usize = 8;
+/// Chunks that a worker has run since it was started, alone in its lines of cache.
+#[derive(Default)]
+#[repr(align(128))]
+struct Ran(AtomicUsize);
+
+/// Lanes of a job at most: each is set anew for every job.
+const MOST_LANES: usize = 8;
 
 struct Shared {
-    state: AtomicU64,
-    ranges: Vec<Next>,
-    threads: usize,
-    job: UnsafeCell<Option<Job>>,
+    board: Board,
+    lanes: Vec<Lane>,
+    /// Of each worker; that of the caller, worker 0, is not used.
+    ran: Vec<Ran>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     sleepers: AtomicUsize,
     lock: Mutex<()>,
@@ -54,8 +68,8 @@ struct Shared {
     stop: AtomicBool,
 }
 
-// SAFETY: `job` is the one field that is not Sync. It is written only by the caller that holds `Pool::busy` while
-// `state` is closed and has no workers inside, and read only by workers counted in `state`.
+// SAFETY: `job` is the one field that is not Sync. It is written only by the caller that holds `Pool::busy`, when all chunks of
+// the job before have been run, and read only by threads that have taken a chunk of the job and not yet counted it.
 unsafe impl Sync for Shared {}
 // SAFETY: the pointer in `job` is dereferenced only while the call of `Pool::run` that stored it is on the stack.
 unsafe impl Send for Shared {}
@@ -90,12 +104,16 @@ impl Pool {
     /// refuses to start are left out.
     pub fn new(threads: usize) -> Arc<Pool> {
         let shared = Arc::new(Shared {
-            state: AtomicU64::new(0),
-            ranges: (0..threads.clamp(1, MOST_RANGES))
-                .map(|_| Next::default())
+            board: Board {
+                number: AtomicU64::new(0),
+                job: UnsafeCell::new(None),
+            },
+            lanes: (0..threads.clamp(1, MOST_LANES))
+                .map(|_| Lane::default())
                 .collect(),
-            threads: threads.clamp(1, MAX_THREADS),
-            job: UnsafeCell::new(None),
+            ran: (0..threads.clamp(1, MAX_THREADS))
+                .map(|_| Ran::default())
+                .collect(),
             panic: Mutex::new(None),
             sleepers: AtomicUsize::new(0),
             lock: Mutex::new(()),
@@ -153,30 +171,12 @@ impl Pool {
         {
             return (0..chunks).for_each(|chunk| task(0, chunk));
         }
-        let shared = &*self.shared;
-        // SAFETY: only the lifetime changes. The pointer is used by workers that join below, and this function
-        // does not return before the job is closed and all of them have left.
+        // SAFETY: only the lifetime changes. The pointer is used for chunks of this job alone, and this function does not return
+        // before all of them are done.
         let task = unsafe { std::mem::transmute::<*const Task<'_>, *const Task<'static>>(task) };
-        let job = Job { task, chunks };
-        // SAFETY: `busy` is held and the last job was closed and left by all, so nobody reads the cell.
-        unsafe { *shared.job.get() = Some(job) };
-        for (range, next) in shared.ranges.iter().enumerate() {
-            next.0.store(shared.start(chunks, range), Ordering::Relaxed);
-        }
-        shared.state.fetch_add(EPOCH | OPEN, Ordering::SeqCst);
-        shared.rouse(chunks - 1);
-        shared.claim(job, 0);
-        shared.state.fetch_and(!OPEN, Ordering::AcqRel);
-        let mut spins = 0_u32;
-        while shared.state.load(Ordering::Acquire) & ACTIVE != 0 {
-            spins += 1;
-            if spins.is_multiple_of(4096) {
-                std::thread::yield_now()
-            } else {
-                std::hint::spin_loop()
-            }
-        }
-        let panic = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.shared.lead(Job { task, chunks });
+        let panic = self.shared.panic.lock();
+        let panic = panic.unwrap_or_else(PoisonError::into_inner).take();
         self.busy.store(false, Ordering::Release);
         if let Some(panic) = panic {
             resume_unwind(panic);
@@ -210,38 +210,105 @@ impl Drop for Pool {
 }
 
 impl Shared {
-    /// The first chunk of a range, and the end of the one before.
-    fn start(&self, chunks: usize, range: usize) -> usize {
+    /// The first chunk of a lane, and the end of the one before.
+    fn start(&self, chunks: usize, lane: usize) -> usize {
         // Jobs have far fewer chunks than would overflow, but nothing forbids more.
-        (chunks as u128 * range as u128 / self.ranges.len() as u128) as usize
+        (chunks as u128 * lane as u128 / self.lanes.len() as u128) as usize
     }
 
-    /// Runs chunks until none is left, keeping the first panic.
-    fn claim(&self, job: Job, worker: usize) {
-        // SAFETY: the caller of `run` is on the stack until every thread has left this function.
-        let task = unsafe { &*job.task };
+    /// Chunks that workers have run, of all jobs.
+    fn ran(&self) -> usize {
+        // Acquires what they wrote.
+        let counts = self.ran.iter().map(|ran| ran.0.load(Ordering::Acquire));
+        counts.fold(0, usize::wrapping_add)
+    }
+
+    /// Publishes a job, takes part in it, and waits until all of it is done; the caller holds `Pool::busy`.
+    fn lead(&self, job: Job) {
+        // All chunks of the job before were counted, so what is counted from now on is of this one.
+        let before = self.ran();
+        // SAFETY: `busy` is held, and no chunk of the job before is under way, so nobody reads the cell.
+        unsafe { *self.board.job.get() = Some(job) };
+        for (lane, left) in self.lanes.iter().enumerate() {
+            let chunks = self.start(job.chunks, lane + 1) - self.start(job.chunks, lane);
+            // Releases the job to whoever takes a chunk. No count of chunks that can be run is negative.
+            left.0.store(chunks as isize, Ordering::Release);
+        }
+        let number = self.board.number.load(Ordering::Relaxed);
+        self.board.number.store(number.wrapping_add(1), Ordering::Release);
+        // This may miss a worker that falls asleep right now. Waiting for the stores to arrive would find it, but costs more than
+        // many jobs take, so that is done later, when they have.
+        if self.sleepers.load(Ordering::Relaxed) > 0 {
+            self.rouse(job.chunks - 1);
+        }
+        let mine = Cell::new(0_usize);
+        let count = |ran: usize| mine.set(mine.get() + ran);
+        self.claim(0, count, || {
+            fence(Ordering::SeqCst);
+            if self.sleepers.load(Ordering::Relaxed) > 0 {
+                self.rouse(job.chunks - 1);
+            }
+        });
+        let theirs = job.chunks - mine.get();
+        let mut spins = 0_u32;
+        while self.ran().wrapping_sub(before) != theirs {
+            spins += 1;
+            if spins.is_multiple_of(4096) {
+                std::thread::yield_now()
+            } else {
+                std::hint::spin_loop()
+            }
+        }
+    }
+
+    /// Takes a chunk of a lane: gives how many were left, with this one.
+    fn take(&self, lane: usize, own: bool) -> Option<usize> {
+        let left = &self.lanes[lane].0;
+        // To look at another one's lane costs that one less than to write to it.
+        if !own && left.load(Ordering::Relaxed) <= 0 {
+            return None;
+        }
+        // Acquires the job, which was there before the lane was set.
+        let left = left.fetch_sub(1, Ordering::Acquire);
+        usize::try_from(left).ok().filter(|left| *left > 0)
+    }
+
+    /// Runs chunks until none is left, and tells `count` how many, as often as it changes lanes. A chunk that panics is the last
+    /// one: what is left is counted as run. `first` is called behind the first chunk.
+    fn claim(&self, worker: usize, count: impl Fn(usize), first: impl Fn()) {
+        let lanes = self.lanes.len();
+        let own = worker * lanes / self.ran.len();
+        let begun = Cell::new(0_usize);
         let result = catch_unwind(AssertUnwindSafe(|| {
-            let count = self.ranges.len();
-            let own = worker * count / self.threads;
-            for range in (own..count).chain(0..own) {
-                let end = self.start(job.chunks, range + 1);
-                loop {
-                    let chunk = self.ranges[range].0.fetch_add(1, Ordering::Relaxed);
-                    if chunk >= end {
-                        break;
+            let mut any = false;
+            for lane in (own..lanes).chain(0..own) {
+                while let Some(left) = self.take(lane, lane == own) {
+                    begun.set(begun.get() + 1);
+                    // SAFETY: a chunk was taken and is not counted, so the job is the one it belongs to, and stays.
+                    if let Some(job) = unsafe { *self.board.job.get() } {
+                        // SAFETY: as above: the caller of `run` is on the stack.
+                        let task = unsafe { &*job.task };
+                        task(worker, self.start(job.chunks, lane + 1) - left);
                     }
-                    task(worker, chunk);
+                    if !std::mem::replace(&mut any, true) {
+                        first();
+                    }
+                }
+                if begun.get() > 0 {
+                    count(begun.replace(0));
                 }
             }
         }));
         if let Err(payload) = result {
-            for next in &self.ranges {
-                next.0.store(job.chunks, Ordering::Relaxed);
+            let mut dropped = begun.get();
+            for lane in &self.lanes {
+                dropped += usize::try_from(lane.0.swap(0, Ordering::Relaxed)).unwrap_or(0);
             }
             self.panic
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .get_or_insert(payload);
+            count(dropped);
         }
     }
 
@@ -259,55 +326,42 @@ impl Shared {
         }
     }
 
-    /// The life of a worker: wait for a job not seen yet, join it, leave it.
+    /// The life of a worker: wait for a job not seen yet, take part in what is left of it.
     fn work(&self, worker: usize) {
         let mut seen = 0;
-        while let Some(epoch) = self.wait(seen) {
-            seen = epoch;
-            if !self.join(epoch) {
-                continue;
-            }
-            // SAFETY: this worker is counted in `state`, so the caller keeps the job in place.
-            let job = unsafe { *self.job.get() };
-            if let Some(job) = job {
-                self.claim(job, worker);
-            }
-            self.state.fetch_sub(1, Ordering::AcqRel);
+        let ran = &self.ran[worker].0;
+        // No other thread writes the count.
+        let count = |chunks| {
+            let all = ran.load(Ordering::Relaxed).wrapping_add(chunks);
+            ran.store(all, Ordering::Release);
+        };
+        while let Some(number) = self.wait(seen) {
+            seen = number;
+            self.claim(worker, count, || ());
         }
     }
 
-    /// Counts this worker in when job `epoch` is still open.
-    fn join(&self, epoch: u64) -> bool {
-        let mut state = self.state.load(Ordering::Acquire);
-        while state & OPEN != 0 && state / EPOCH == epoch {
-            match self
-                .state
-                .compare_exchange_weak(state, state + 1, Ordering::AcqRel, Ordering::Acquire)
-            {
-                Ok(_) => return true,
-                Err(now) => state = now,
-            }
-        }
-        false
-    }
-
-    /// Spins, then sleeps, until a job other than `seen` is open; gives its epoch, or none to end the thread.
+    /// Spins, then sleeps, until there is a job other than `seen`; gives its number, or none to end the thread.
     fn wait(&self, seen: u64) -> Option<u64> {
-        let fresh = |state: u64| (state & OPEN != 0 && state / EPOCH != seen).then_some(state / EPOCH);
+        let fresh = |number: u64| (number != seen).then_some(number);
         loop {
             let start = Instant::now();
             while start.elapsed() < SPIN {
                 for _ in 0..32 {
-                    if let Some(epoch) = fresh(self.state.load(Ordering::Acquire)) {
-                        return Some(epoch);
+                    if let Some(number) = fresh(self.board.number.load(Ordering::Acquire)) {
+                        return Some(number);
                     }
                     std::hint::spin_loop();
                 }
             }
             let guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
             self.sleepers.fetch_add(1, Ordering::SeqCst);
-            let idle =
-                || !self.stop.load(Ordering::SeqCst) && fresh(self.state.load(Ordering::SeqCst)).is_none();
+            // Either this sees the number of a job just published, or who published it sees the sleeper.
+            fence(Ordering::SeqCst);
+            let idle = || {
+                !self.stop.load(Ordering::SeqCst)
+                    && fresh(self.board.number.load(Ordering::Acquire)).is_none()
+            };
             let guard = self.wake.wait_while(guard, |()| idle());
             self.sleepers.fetch_sub(1, Ordering::SeqCst);
             drop(guard);
@@ -338,6 +392,22 @@ mod tests {
         for threads in [1, 2, 5] {
             let pool = Pool::new(threads);
             (0..200).for_each(|round| count(&pool, round % 23));
+        }
+    }
+
+    #[test]
+    fn jobs_that_follow_each_other_at_once_are_not_mixed() {
+        for threads in [2, 3, 9] {
+            let pool = Pool::new(threads);
+            for job in 1..5000 {
+                // A worker still busy with the job before finds another task and another number of chunks.
+                let (chunks, sum) = (2 + job % 13, AtomicUsize::new(0));
+                let square = job * job;
+                pool.run(chunks, &|chunk| {
+                    sum.fetch_add(square + chunk, Ordering::Relaxed);
+                });
+                assert_eq!(sum.into_inner(), chunks * square + chunks * (chunks - 1) / 2);
+            }
         }
     }
 
