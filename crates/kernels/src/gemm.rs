@@ -6,17 +6,20 @@
 
 use crate::loops::Shared;
 use crate::simd::{Isa, Kernel, Simd, dispatch, dispatch_pairs, isa};
-use crate::weights::{Lines, Storage, Weights};
+use crate::weights::{Lines, Storage, Walk, Weights};
 use std::ops::Range;
 
-/// Steps of `k` handled together: a panel of this depth stays in the first-level cache.
+/// Steps of `k` handled together at most: a panel of this depth stays in the first-level cache.
 const DEPTH: usize = 256;
+/// Decoded rows begin at multiples of this, so that their addresses differ by a number that the innermost kernel knows.
+const APART: usize = DEPTH + 16;
 
 /// Side of the squares that are turned in registers; panels are a multiple of it wide.
 pub(crate) const SQUARE: usize = 8;
 
-/// Rows of the innermost kernel.
+/// Rows of the innermost kernel, of two vectors of lanes: their sums take twelve registers, or 24 where there are so many.
 const ROWS: usize = 6;
+const TALL: usize = 2 * ROWS;
 
 /// Lanes in a panel on this processor.
 pub(crate) fn panel_width() -> usize {
@@ -80,14 +83,26 @@ pub(crate) struct Gemm<'a> {
     pub pairs: bool,
 }
 
-/// What [`Gemm::block`] reads first of `rows`.
-pub(crate) fn opening(weights: &Weights, rows: Range<usize>) -> Lines {
-    weights.lines(rows, 0, DEPTH.min(weights.cols()))
+/// What [`Gemm::block`] reads first of `rows`, in pairs or not.
+pub(crate) fn opening(weights: &Weights, rows: Range<usize>, pairs: bool) -> Lines {
+    let cols = weights.cols();
+    let first = if pairs {
+        2 * depth_of(cols.div_ceil(2))
+    } else {
+        depth_of(cols)
+    };
+    weights.lines(rows, 0, first.min(cols))
 }
 
 /// Elements of working memory that [`Gemm::block`] needs for `rows` rows.
 pub(crate) fn block_space(rows: usize) -> usize {
-    rows * DEPTH
+    rows * APART
+}
+
+/// Steps of `k` handled together, of `all`: as many each time, and where a palette's indices begin with a byte.
+fn depth_of(all: usize) -> usize {
+    let times = all.div_ceil(DEPTH).max(1);
+    all.div_ceil(times).next_multiple_of(32).min(DEPTH)
 }
 
 impl Gemm<'_> {
@@ -113,46 +128,49 @@ impl Gemm<'_> {
         if self.pairs {
             return self.block_of_pairs(rows, panels, c, space);
         }
+        let most = depth_of(self.k);
         let mut start = 0;
         while start < self.k {
-            let depth = DEPTH.min(self.k - start);
-            let (first, stride) = match self.rows {
-                Rows::Dense { first, stride } => (
-                    first
-                        .at(rows.start as isize * stride + start as isize)
-                        .cast_const(),
-                    stride,
-                ),
-                Rows::Stored(weights) => {
-                    weights.decode_block(rows.clone(), start, depth, space);
-                    (space.as_ptr(), depth as isize)
-                }
-                Rows::Part { weights, first } => {
-                    let part = first.0 + rows.start..first.0 + rows.end;
-                    weights.decode_block(part, first.1 + start, depth, space);
-                    (space.as_ptr(), depth as isize)
-                }
-            };
+            let depth = most.min(self.k - start);
             let after = match self.rows {
                 Rows::Stored(weights) if start + depth < self.k => {
                     let next = start + depth;
-                    weights.lines(rows.clone(), next, DEPTH.min(self.k - next))
+                    weights.lines(rows.clone(), next, most.min(self.k - next))
                 }
                 _ if start + depth == self.k => self.then,
                 _ => Lines::default(),
             };
-            dispatch(Block::<false> {
+            let block = Block {
                 after,
-                first,
-                stride,
+                first: space.as_ptr(),
+                stride: APART as isize,
                 rows: rows.len(),
                 panel: &self.panels[panels.start * width * self.k + start * width..],
                 panel_step: width * self.k,
                 panels: panels.len(),
                 depth,
                 add: start > 0,
-                c,
-            });
+                c: &mut *c,
+            };
+            match self.rows {
+                Rows::Dense { first, stride } => {
+                    let first = first.at(rows.start as isize * stride + start as isize);
+                    dispatch(Dense(Block {
+                        first: first.cast_const(),
+                        stride,
+                        ..block
+                    }));
+                }
+                Rows::Stored(weights) => {
+                    weights.decode_block(rows.clone(), start, depth, (space, APART));
+                    dispatch(Decoded::<false>(block));
+                }
+                Rows::Part { weights, first } => {
+                    let part = first.0 + rows.start..first.0 + rows.end;
+                    weights.decode_block(part, first.1 + start, depth, (space, APART));
+                    dispatch(Decoded::<false>(block));
+                }
+            }
             start += depth;
         }
     }
@@ -160,45 +178,47 @@ impl Gemm<'_> {
     /// [`Gemm::block`] in pairs, as deep as as many numbers otherwise.
     fn block_of_pairs(&self, rows: Range<usize>, panels: Range<usize>, c: &mut [f32], space: &mut [f32]) {
         let (width, all) = (panel_width(), self.k.div_ceil(2));
+        let most = depth_of(all);
         let mut start = 0;
         while start < all {
-            let depth = DEPTH.min(all - start);
+            let depth = most.min(all - start);
             let count = (2 * depth).min(self.k - 2 * start);
             let (weights, row, column) = match self.rows {
                 Rows::Dense { .. } => unreachable!("rows of pairs are rounded"),
                 Rows::Stored(weights) => (weights, 0, 0),
                 Rows::Part { weights, first } => (weights, first.0, first.1),
             };
-            for (row, to) in (row + rows.start..row + rows.end).zip(space.chunks_exact_mut(depth)) {
-                weights.decode_pairs(row, column + 2 * start, count, bytemuck::cast_slice_mut(to));
+            for (row, to) in (row + rows.start..row + rows.end).zip(space.chunks_exact_mut(APART)) {
+                let to = bytemuck::cast_slice_mut(&mut to[..depth]);
+                weights.decode_pairs(row, column + 2 * start, count, to);
             }
             let next = 2 * (start + depth);
             let after = match self.rows {
                 Rows::Stored(weights) if start + depth < all => {
-                    weights.lines(rows.clone(), next, (2 * DEPTH).min(self.k - next))
+                    weights.lines(rows.clone(), next, (2 * most).min(self.k - next))
                 }
                 _ if start + depth == all => self.then,
                 _ => Lines::default(),
             };
-            dispatch_pairs(Block::<true> {
+            dispatch_pairs(Decoded::<true>(Block {
                 after,
                 first: space.as_ptr(),
-                stride: depth as isize,
+                stride: APART as isize,
                 rows: rows.len(),
                 panel: &self.panels[(panels.start * all + start) * width..],
                 panel_step: width * all,
                 panels: panels.len(),
                 depth,
                 add: start > 0,
-                c,
-            });
+                c: &mut *c,
+            }));
             start += depth;
         }
     }
 }
 
-/// One step of depth of [`Gemm::block`]; elements are pairs of bf16 where `PAIRS`.
-struct Block<'a, const PAIRS: bool> {
+/// One step of depth of [`Gemm::block`].
+struct Block<'a> {
     /// What is read after this step, asked of memory meanwhile.
     after: Lines,
     first: *const f32,
@@ -212,51 +232,98 @@ struct Block<'a, const PAIRS: bool> {
     c: &'a mut [f32],
 }
 
-impl<const PAIRS: bool> Kernel for Block<'_, PAIRS> {
+/// Rows that lie anywhere.
+struct Dense<'a>(Block<'a>);
+
+/// Rows that lie [`APART`]; their elements are pairs of bf16 where `PAIRS`.
+struct Decoded<'a, const PAIRS: bool>(Block<'a>);
+
+impl Kernel for Dense<'_> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
+        let stride = self.0.stride;
+        self.0.run::<S, false>(s, stride);
+    }
+}
+
+impl<const PAIRS: bool> Kernel for Decoded<'_, PAIRS> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        self.0.run::<S, PAIRS>(s, APART as isize);
+    }
+}
+
+impl Block<'_> {
+    #[inline(always)]
+    fn run<S: Simd, const PAIRS: bool>(self, s: S, stride: isize) {
         let width = 2 * S::LANES;
         let line = self.panels * width;
-        let tiles = self.panels * self.rows.div_ceil(ROWS);
-        let (each, mut after) = (self.after.len().div_ceil(tiles.max(1)), self.after.walk());
+        let tall = if S::REGISTERS < 32 {
+            0
+        } else if self.rows % TALL == 1 {
+            // A single last row would wait for its own sums.
+            (self.rows / TALL).saturating_sub(1)
+        } else {
+            self.rows / TALL
+        };
+        let rest = self.rows - tall * TALL;
+        let tiles = self.panels * (tall + rest.div_ceil(ROWS));
+        let mut ahead = Ahead {
+            walk: self.after.walk(),
+            left: 0,
+        };
+        let each = self.after.len().div_ceil(tiles.max(1));
         for p in 0..self.panels {
             let panel = &self.panel[p * self.panel_step..][..self.depth * width];
             let mut row = 0;
             while row < self.rows {
-                let count = ROWS.min(self.rows - row);
-                let first = self.first.wrapping_offset(row as isize * self.stride);
+                let count = if row < tall * TALL {
+                    TALL
+                } else {
+                    ROWS.min(self.rows - row)
+                };
+                let first = self.first.wrapping_offset(row as isize * stride);
                 let c = &mut self.c[row * line + p * width..];
                 assert!(c.len() >= (count - 1) * line + width, "gemm: output");
+                ahead.left = each;
+                let to = (self.add, c.as_mut_ptr(), line);
                 // SAFETY: `count` rows of `depth` elements lie at `first` (the caller of `Gemm::block`, or the
                 // decoded block), and the panel and the output were checked.
                 unsafe {
                     match count {
-                        6 => {
-                            tile::<S, 6, PAIRS>(s, panel, first, self.stride, self.add, c.as_mut_ptr(), line)
+                        TALL if S::REGISTERS >= 32 => {
+                            tile::<S, TALL, PAIRS>(s, panel, (first, stride), to, &mut ahead);
                         }
-                        5 => {
-                            tile::<S, 5, PAIRS>(s, panel, first, self.stride, self.add, c.as_mut_ptr(), line)
-                        }
-                        4 => {
-                            tile::<S, 4, PAIRS>(s, panel, first, self.stride, self.add, c.as_mut_ptr(), line)
-                        }
-                        3 => {
-                            tile::<S, 3, PAIRS>(s, panel, first, self.stride, self.add, c.as_mut_ptr(), line)
-                        }
-                        2 => {
-                            tile::<S, 2, PAIRS>(s, panel, first, self.stride, self.add, c.as_mut_ptr(), line)
-                        }
-                        _ => {
-                            tile::<S, 1, PAIRS>(s, panel, first, self.stride, self.add, c.as_mut_ptr(), line)
-                        }
+                        6 => tile::<S, 6, PAIRS>(s, panel, (first, stride), to, &mut ahead),
+                        5 => tile::<S, 5, PAIRS>(s, panel, (first, stride), to, &mut ahead),
+                        4 => tile::<S, 4, PAIRS>(s, panel, (first, stride), to, &mut ahead),
+                        3 => tile::<S, 3, PAIRS>(s, panel, (first, stride), to, &mut ahead),
+                        2 => tile::<S, 2, PAIRS>(s, panel, (first, stride), to, &mut ahead),
+                        _ => tile::<S, 1, PAIRS>(s, panel, (first, stride), to, &mut ahead),
                     }
                 }
                 row += count;
-                for _ in 0..each {
-                    s.prefetch_later(after.step());
-                }
+                ahead.ask(s, each);
             }
+        }
+    }
+}
+
+/// Lines that memory is asked for while it has nothing else to do.
+struct Ahead {
+    walk: Walk,
+    left: usize,
+}
+
+impl Ahead {
+    /// Asks for the next `count` lines, as far as there are any left.
+    #[inline(always)]
+    fn ask<S: Simd>(&mut self, s: S, count: usize) {
+        for _ in 0..count.min(self.left) {
+            s.prefetch_later(self.walk.step());
+            self.left -= 1;
         }
     }
 }
@@ -267,15 +334,12 @@ impl<const PAIRS: bool> Kernel for Block<'_, PAIRS> {
 /// `R` rows of `panel.len() / (2 * LANES)` elements lie at `first`, `stride` apart; `R` lines of `2 * LANES` are
 /// writable at `c`, `line` apart.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)] // the innermost kernel; each of them is a register
 unsafe fn tile<S: Simd, const R: usize, const PAIRS: bool>(
     s: S,
     panel: &[f32],
-    first: *const f32,
-    stride: isize,
-    add: bool,
-    c: *mut f32,
-    line: usize,
+    (first, stride): (*const f32, isize),
+    (add, c, line): (bool, *mut f32, usize),
+    ahead: &mut Ahead,
 ) {
     let width = 2 * S::LANES;
     let depth = panel.len() / width;
@@ -288,6 +352,7 @@ unsafe fn tile<S: Simd, const R: usize, const PAIRS: bool>(
             // SAFETY: step `k + step` is below the depth.
             unsafe { tile_step::<S, R, PAIRS>(s, at.add((k + step) * width), &rows, k + step, &mut sums) };
         }
+        ahead.ask(s, 2);
         k += 4;
     }
     while k < depth {

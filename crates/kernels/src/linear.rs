@@ -335,9 +335,8 @@ fn many(pool: &Pool, x: View<'_, f32>, layers: &[Layer<'_>], scratch: &mut Scrat
     } else {
         (k, 0)
     };
-    let space = scratch.f32(panels * width * elements + rounded + each * pool.threads());
-    let (packed, rest) = space.split_at_mut(panels * width * elements);
-    let (rounded, work) = rest.split_at_mut(rounded);
+    let (space, work) = scratch.with_own(panels * width * elements + rounded, pool.threads(), each);
+    let (packed, rounded) = space.split_at_mut(panels * width * elements);
     let target = Shared(packed.as_mut_ptr());
     let (source, steps) = if pairs {
         round_tokens(pool, &x, rounded);
@@ -353,7 +352,6 @@ fn many(pool: &Pool, x: View<'_, f32>, layers: &[Layer<'_>], scratch: &mut Scrat
         unsafe { pack_panels(source, steps, m, elements, range, to) };
     });
     let packed = &*packed;
-    let work = Shared(work.as_mut_ptr());
     let mut ends = [0_usize; 8];
     let mut chunks = 0;
     for (end, layer) in ends.iter_mut().zip(layers) {
@@ -372,9 +370,9 @@ fn many(pool: &Pool, x: View<'_, f32>, layers: &[Layer<'_>], scratch: &mut Scrat
     pool.run_indexed(chunks, &|worker, chunk| {
         let (layer, rows, range) = part(chunk).expect("chunks were counted over the layers");
         // A thread has its chunks one after the other.
-        let then = part(chunk + 1).map_or(Lines::default(), |(next, rows, _)| opening(next.w, rows));
+        let then = part(chunk + 1).map_or(Lines::default(), |(next, rows, _)| opening(next.w, rows, pairs));
         // SAFETY: each worker has its own part of `work`.
-        let work = unsafe { std::slice::from_raw_parts_mut(work.at((worker * each) as isize), each) };
+        let work = unsafe { work.of(worker) };
         many_rows(layer, packed, (m, k), (rows, then), range, work);
     });
 }
@@ -433,7 +431,7 @@ fn many_rows(
             k,
             rows: rows_of(layer.w),
             pairs: layer.pairs,
-            then: layer.up.map_or(then, |up| opening(up, rows.clone())),
+            then: layer.up.map_or(then, |up| opening(up, rows.clone(), layer.pairs)),
         }
         .block(rows.clone(), panels.clone(), sums, space)
     };

@@ -229,9 +229,8 @@ impl Product {
         let panels = lanes.count.div_ceil(width);
         let each = self.packed_len().next_multiple_of(16);
         let work_each = ROW_BLOCK * PANEL_BLOCK * width + block_space(ROW_BLOCK);
-        let space = scratch.f32(each * batches.len() + work_each * pool.threads());
-        let (packed, work) = space.split_at_mut(each * batches.len());
-        let (target, work) = (Shared(packed.as_mut_ptr()), Shared(work.as_mut_ptr()));
+        let (packed, work) = scratch.with_own(each * batches.len(), pool.threads(), work_each);
+        let target = Shared(packed.as_mut_ptr());
         pool.run_ranges(
             batches.len() * panels,
             (16384 / (width * k).max(1)).max(1),
@@ -283,8 +282,7 @@ impl Product {
             let first = block % row_blocks * ROW_BLOCK;
             let start = block / row_blocks * PANEL_BLOCK;
             // SAFETY: each worker has its own part.
-            let work =
-                unsafe { std::slice::from_raw_parts_mut(work.at((worker * work_each) as isize), work_each) };
+            let work = unsafe { work.of(worker) };
             let packed = &packed[b * each..(b + 1) * each];
             let chosen = first..(first + ROW_BLOCK).min(rows.count);
             self.block(

@@ -19,9 +19,8 @@ pub(super) fn run(pool: &Pool, call: &Call, runs: &[Range<usize>], scratch: &mut
     let (mask_heads, mask_queries) = call.mask_rows();
     let sights_len = (2 * mask_heads * mask_queries).next_multiple_of(16);
     let packed_len = (call.kv_heads * kv).next_multiple_of(16);
-    let space = scratch.f32(sights_len + packed_len + pool.threads() * each);
-    let (sights, rest) = space.split_at_mut(sights_len);
-    let (packed, work) = rest.split_at_mut(packed_len);
+    let (space, work) = scratch.with_own(sights_len + packed_len, pool.threads(), each);
+    let (sights, packed) = space.split_at_mut(sights_len);
     let sights: &mut [[u32; 2]] = bytemuck::cast_slice_mut(sights);
     for (at, sight) in sights.iter_mut().take(mask_heads * mask_queries).enumerate() {
         *sight = look(call, runs, (at / mask_queries, at % mask_queries));
@@ -46,12 +45,11 @@ pub(super) fn run(pool: &Pool, call: &Call, runs: &[Range<usize>], scratch: &mut
         call.pack(keys, head, runs, to, out);
     });
     let packed = &*packed;
-    let work = Shared(work.as_mut_ptr());
     let lanes = call.group() * call.queries;
     let panels = lanes.div_ceil(width);
     pool.run_indexed(call.kv_heads * panels, &|worker, job| {
         // SAFETY: each worker has its own part.
-        let work = unsafe { std::slice::from_raw_parts_mut(work.at((worker * each) as isize), each) };
+        let work = unsafe { work.of(worker) };
         let (head, first) = (job / panels, job % panels * width);
         panel(
             call,

@@ -36,10 +36,10 @@ pub(super) fn run(pool: &Pool, call: &Call<'_>, scratch: &mut Scratch) {
         .max(1);
     let each = together * width * k + ROW_BLOCK * together * width + block_space(ROW_BLOCK);
     let each = each.next_multiple_of(16);
-    let work = Shared(scratch.f32(each * pool.threads()).as_mut_ptr());
+    let (_, work) = scratch.with_own(0, pool.threads(), each);
     pool.run_indexed(planes * blocks * parts, &|worker, job| {
         // SAFETY: each worker has its own part.
-        let work = unsafe { std::slice::from_raw_parts_mut(work.at((worker * each) as isize), each) };
+        let work = unsafe { work.of(worker) };
         let (part, job) = (job % parts, job / parts);
         let (block, plane) = (job % blocks, job / blocks);
         let outputs = call.outputs * part / parts..call.outputs * (part + 1) / parts;

@@ -1,7 +1,6 @@
 //! Convolution of single channels: a padded copy of the plane, then sums of shifted rows.
 
 use super::Call;
-use crate::loops::Shared;
 use crate::pool::Pool;
 use crate::scratch::Scratch;
 use crate::simd::{Kernel, Simd, dispatch};
@@ -30,11 +29,11 @@ pub(super) fn run(pool: &Pool, call: &Call<'_>, scratch: &mut Scratch) {
     };
     let line = (wide + 64).next_multiple_of(16);
     let each = (plane.rows * plane.part * parts + line + call.weights.cols()).next_multiple_of(16);
-    let work = Shared(scratch.f32(each * pool.threads()).as_mut_ptr());
+    let (_, work) = scratch.with_own(0, pool.threads(), each);
     let jobs = call.x_dims[0] * call.x_dims[1];
     pool.run_indexed(jobs, &|worker, job| {
         // SAFETY: each worker has its own part.
-        let work = unsafe { std::slice::from_raw_parts_mut(work.at((worker * each) as isize), each) };
+        let work = unsafe { work.of(worker) };
         channel(call, &plane, (job / call.x_dims[1], job % call.x_dims[1]), work);
     });
 }

@@ -20,6 +20,8 @@ use half::{bf16, f16};
 #[allow(clippy::wrong_self_convention)] // `self` is the token, not the value converted
 pub(crate) trait Simd: Copy + Send + Sync + 'static {
     const LANES: usize;
+    /// Vectors that registers hold.
+    const REGISTERS: usize = 16;
     /// `LANES` numbers.
     type F: Copy;
     /// `LANES` 32-bit integers.
@@ -136,6 +138,17 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     unsafe fn store_bf16(self, p: *mut bf16, x: Self::F) {
         // SAFETY: the caller's.
         unsafe { store_bf16_apart(self, p, x) }
+    }
+    /// [`Simd::store_bf16`] of two vectors, one behind the other.
+    /// # Safety
+    /// `2 * LANES` numbers are writable at `p`, which needs no alignment.
+    #[inline(always)]
+    unsafe fn store_bf16_twice(self, p: *mut bf16, [x, y]: [Self::F; 2]) {
+        // SAFETY: the caller's.
+        unsafe {
+            self.store_bf16(p, x);
+            self.store_bf16(p.add(Self::LANES), y);
+        }
     }
     /// `c` plus the products of two pairs of bf16 in every lane, which hold the first of a pair in their lower bits.
     #[inline(always)]

@@ -20,6 +20,7 @@ pub(crate) struct Neon(());
 
 impl Simd for Neon {
     const LANES: usize = 4;
+    const REGISTERS: usize = 32;
     type F = float32x4_t;
     type I = int32x4_t;
     type M = uint32x4_t;

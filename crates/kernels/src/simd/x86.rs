@@ -342,6 +342,7 @@ pub(crate) struct Avx512<const BF16: bool>(());
 
 impl<const BF16: bool> Simd for Avx512<BF16> {
     const LANES: usize = 16;
+    const REGISTERS: usize = 32;
     type F = __m512;
     type I = __m512i;
     type M = __mmask16;
@@ -353,7 +354,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     #[inline(always)]
     fn prefetch_later(self, p: *const u8) {
         // SAFETY: the token says that the processor has the instruction; no address makes it fail.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
     #[inline(always)]
     unsafe fn turn(self, from: *const f32, from_step: isize, to: *mut f32, to_step: isize) {
@@ -535,6 +536,18 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         unsafe {
             let halves = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x));
             _mm256_storeu_si256(p.cast(), halves);
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16_twice(self, p: *mut bf16, [x, y]: [Self::F; 2]) {
+        // SAFETY: the caller's for the memory, the token's for the instructions; the types are of one size.
+        unsafe {
+            if !BF16 {
+                super::store_bf16_apart(self, p, x);
+                return super::store_bf16_apart(self, p.add(Self::LANES), y);
+            }
+            let halves = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(y, x));
+            _mm512_storeu_si512(p.cast(), halves);
         }
     }
     #[inline(always)]

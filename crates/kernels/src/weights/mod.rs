@@ -236,10 +236,16 @@ impl Weights {
         }
     }
 
-    /// Decodes columns `first..first + depth` of each row in `rows`, one after the other, into `out`.
-    pub(crate) fn decode_block(&self, rows: Range<usize>, first: usize, depth: usize, out: &mut [f32]) {
-        for (row, out) in rows.zip(out.chunks_exact_mut(depth)) {
-            self.decode(row, first, out);
+    /// Decodes columns `first..first + depth` of each row in `rows` into `out`, where rows begin `step` elements apart.
+    pub(crate) fn decode_block(
+        &self,
+        rows: Range<usize>,
+        first: usize,
+        depth: usize,
+        (out, step): (&mut [f32], usize),
+    ) {
+        for (row, out) in rows.zip(out.chunks_exact_mut(step)) {
+            self.decode(row, first, &mut out[..depth]);
         }
     }
 
@@ -264,18 +270,21 @@ impl Weights {
 
     /// Where the part of some rows lies that [`Weights::decode_block`] reads, when it does little besides waiting for it.
     pub(crate) fn lines(&self, rows: Range<usize>, first: usize, depth: usize) -> Lines {
-        let (Storage::F16(data), true) = (self.storage(), rows.end <= self.rows()) else {
-            return Lines::default();
+        let (data, bits) = match self.storage() {
+            Storage::F32(data) => (&data.0, 32),
+            Storage::F16(data) => (&data.0, 16),
+            Storage::Lut(lut) => (&lut.indices, lut.bits as usize),
+            Storage::Affine(affine) => (&affine.data, affine.bits as usize),
         };
-        let step = self.cols() * size_of::<f16>();
+        let row = self.cols() * bits;
+        if rows.end > self.rows() || !row.is_multiple_of(8) {
+            return Lines::default();
+        }
         Lines {
-            first: data
-                .0
-                .as_ptr()
-                .wrapping_add(rows.start * step + first * size_of::<f16>()),
-            step,
+            first: data.as_ptr().wrapping_add((rows.start * row + first * bits) / 8),
+            step: row / 8,
             rows: rows.len(),
-            bytes: depth * size_of::<f16>(),
+            bytes: (depth * bits).div_ceil(8),
         }
     }
 
@@ -299,7 +308,16 @@ impl<T: Stored> Kernel for Round<'_, T> {
         let Round(from, to) = self;
         assert_eq!(from.len(), to.len(), "as many numbers as room");
         let mut at = 0;
-        while at + S::LANES <= to.len() {
+        while at + 2 * S::LANES <= to.len() {
+            let from = from.as_ptr().wrapping_add(at);
+            // SAFETY: two vectors of both.
+            unsafe {
+                let both = [T::load(s, from), T::load(s, from.add(S::LANES))];
+                s.store_bf16_twice(to.as_mut_ptr().add(at), both);
+            }
+            at += 2 * S::LANES;
+        }
+        if at + S::LANES <= to.len() {
             // SAFETY: a vector of both.
             unsafe { s.store_bf16(to.as_mut_ptr().add(at), T::load(s, from.as_ptr().add(at))) };
             at += S::LANES;

@@ -1,5 +1,8 @@
-//! A depthwise convolution with the windows of one pixel before and behind it, row by row: what lies between them stays in the
-//! cache of the thread that makes it.
+//! A depthwise convolution with the windows of one pixel before and behind it: what lies between them stays in the caches of the
+//! thread that makes it.
+//!
+//! A thread has some rows of the result. It expands the picture by a panel of channels at a time, of which the depthwise windows
+//! need no more than a few rows (a ring in the first cache); their results, of all panels, are what the last convolution reads.
 
 use super::depthwise::{Lines, Row, inside};
 use super::direct::{Part, Product, Rounded, Runs};
@@ -7,11 +10,13 @@ use super::epilogue::Epilogue;
 use super::packed::Way;
 use super::{Beside, Call, ConvLast};
 use crate::conv::ConvParams;
+use crate::gemm::panel_width;
 use crate::loops::Shared;
 use crate::pool::Pool;
 use crate::scratch::Scratch;
 use crate::simd::{dispatch, dispatch_pairs};
 use crate::strided::{View, ViewMut};
+use half::bf16;
 use std::ops::Range;
 
 /// Convolutions that are computed together: each takes what the one before it gives.
@@ -115,12 +120,12 @@ pub fn conv_chain(
     let chunks = if chain.expand.is_some() { 2 } else { 4 };
     let rows = height.div_ceil(chunks * pool.threads()).max(LEAST_ROWS);
     let each = height.div_ceil(rows);
-    let space = work.space();
-    let memory = Shared(scratch.f32(pool.threads() * space).as_mut_ptr());
+    let space = work.space(rows);
+    let (_, memory) = scratch.with_own(0, pool.threads(), space);
     pool.run_indexed(y_dims[0] * each, &|worker, chunk| {
         let (sample, start) = (chunk / each, chunk % each * rows);
         // SAFETY: each worker has its own part of the memory.
-        let own = unsafe { std::slice::from_raw_parts_mut(memory.at((worker * space) as isize), space) };
+        let own = unsafe { memory.of(worker) };
         work.rows(sample, start..(start + rows).min(height), own);
     });
 }
@@ -160,58 +165,56 @@ impl<'a> Pixels<'a> {
         }
     }
 
-    /// Computes the pixels `range` of `y` from as many at `x`, which lie `step` apart; `rounded` is memory for them in pairs.
+    /// Elements of a pixel: in pairs, half as many as channels.
+    fn len(&self) -> usize {
+        self.product.runs.len
+    }
+
+    /// Rounds pixels of `x`, which lie `step` apart, as many as `to` has room for.
     ///
     /// # Safety
-    /// The pixels are readable, and those of `y` are this thread's.
+    /// The pixels are readable.
+    unsafe fn round(&self, x: *const f32, step: isize, to: &mut [f32]) {
+        dispatch_pairs(Rounded {
+            from: x,
+            step,
+            channel_step: 1,
+            channels: self.channels,
+            to: bytemuck::cast_slice_mut(to),
+            to_step: 2 * self.len(),
+        });
+    }
+
+    /// Computes outputs `outputs` of the pixels `range` of `y`, `line` apart, from as many at `x`, which lie `step` apart.
+    ///
+    /// # Safety
+    /// The pixels are readable, rounded where they must be, and those of `y` are this thread's.
     unsafe fn run(
         &self,
-        x: *const f32,
-        step: isize,
+        (x, step): (*const f32, isize),
         range: Range<usize>,
-        y: Shared<f32>,
-        rounded: &mut [f32],
+        outputs: Range<usize>,
+        (y, line): (Shared<f32>, usize),
     ) {
-        let len = self.product.runs.len;
-        let (x, step) = if self.pairs {
-            let to = &mut rounded[..range.len() * len];
-            dispatch_pairs(Rounded {
-                from: x,
-                step,
-                channel_step: 1,
-                channels: self.channels,
-                to: bytemuck::cast_slice_mut(to),
-            });
-            (to.as_ptr(), len as isize)
-        } else {
-            (x, step)
-        };
         let x = Shared::of(x);
         let starts = |first: usize, starts: &mut [*const f32]| {
             for (i, start) in starts.iter_mut().enumerate() {
                 *start = x.at((first - range.start + i) as isize * step);
             }
         };
-        let (product, outputs) = (self.product, 0..self.product.outputs);
-        let (pixels, epilogue) = (range.clone(), self.epilogue);
+        let part = Part {
+            product: self.product,
+            starts: &starts,
+            pixels: range.clone(),
+            outputs,
+            epilogue: self.epilogue,
+            y,
+            line,
+        };
         if self.pairs {
-            dispatch_pairs(Part::<_, true> {
-                product,
-                starts: &starts,
-                pixels,
-                outputs,
-                epilogue,
-                y,
-            });
+            part.run::<true>();
         } else {
-            dispatch(Part::<_, false> {
-                product,
-                starts: &starts,
-                pixels,
-                outputs,
-                epilogue,
-                y,
-            });
+            part.run::<false>();
         }
     }
 }
@@ -225,100 +228,252 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
-    /// Expanded rows that are kept: those of a window.
-    fn ring(&self) -> usize {
-        if self.expand.is_some() {
-            self.call.params.kernel[1]
-        } else {
-            0
-        }
+    /// Rows of the picture that the windows of row `out` of the result read.
+    fn above(&self, out: usize) -> Range<usize> {
+        let cells = inside(&self.call, 1, out, self.call.x_dims[1]);
+        let top =
+            (out * self.call.params.stride[1] + cells.start).saturating_sub(self.call.params.pad_before[1]);
+        top..top + cells.len()
     }
 
-    /// Numbers of the ring, of a row between the last two convolutions, and of a row in pairs.
-    fn lens(&self) -> [usize; 3] {
+    /// Channels that are computed together: with nothing to expand, all of them.
+    fn panel(&self) -> usize {
+        let channels = self.call.x_dims[3];
+        self.expand
+            .as_ref()
+            .map_or(channels, |_| panel_width().min(channels))
+    }
+
+    /// Pixels of a row of the ring: the padding of the depthwise windows is written out there.
+    fn padded(&self) -> usize {
+        self.call.params.pad_before[2] + self.call.x_dims[2] + self.call.params.pad_after[2]
+    }
+
+    /// Numbers of working memory that `rows` rows need: the rounded picture, the ring, a row and all rows between the last two
+    /// convolutions.
+    fn lens(&self, rows: usize) -> [usize; 4] {
         let ([_, _, wide, channels], width) = (self.call.x_dims, self.call.y_dims[2]);
-        let row = if self.project.is_some() {
-            width * channels
-        } else {
-            0
+        let params = &self.call.params;
+        let pairs = |pixels: &Option<Pixels<'_>>| pixels.as_ref().filter(|p| p.pairs).map(Pixels::len);
+        let above = rows.saturating_sub(1) * params.stride[1] + params.kernel[1];
+        let picture = pairs(&self.expand).map_or(0, |len| above * wide * len);
+        let ring = match &self.expand {
+            Some(_) => params.kernel[1] * self.padded() * self.panel(),
+            None => 0,
         };
-        let pairs = |pixels: &Option<Pixels<'_>>, width: usize| {
-            pixels
-                .as_ref()
-                .filter(|p| p.pairs)
-                .map_or(0, |p| width * p.product.runs.len)
+        let between = pairs(&self.project);
+        let row = between.map_or(0, |_| width * self.panel());
+        let kept = if self.panel() < channels { rows } else { 1 };
+        let all = match &self.project {
+            Some(_) => kept * width * between.unwrap_or(channels),
+            None => 0,
         };
-        let rounded = pairs(&self.expand, wide).max(pairs(&self.project, width));
-        [self.ring() * wide * channels, row, rounded].map(|len| len.next_multiple_of(16))
+        [picture, ring, row, all].map(|len| len.next_multiple_of(16))
     }
 
-    /// Numbers of working memory that [`Work::rows`] needs.
-    fn space(&self) -> usize {
-        self.lens().iter().sum()
+    /// Numbers of working memory that `rows` rows need.
+    fn space(&self, rows: usize) -> usize {
+        self.lens(rows).iter().sum()
     }
 
     /// Rows `rows` of the result of a sample, which are this thread's.
     fn rows(&self, sample: usize, rows: Range<usize>, space: &mut [f32]) {
-        let [ring_len, row_len, _] = self.lens();
-        let (ring, rest) = space.split_at_mut(ring_len);
-        let (row, rounded) = rest.split_at_mut(row_len);
-        let [_, tall, wide, channels] = self.call.x_dims;
-        let [_, height, width, _] = self.call.y_dims;
-        let ring = Shared(ring.as_mut_ptr());
-        let picture = self.call.x.at(sample as isize * self.call.x_steps[0]);
-        let mut call = self.call;
-        let lines = if self.expand.is_some() {
-            call.x_steps[2] = channels as isize;
+        let [picture_len, ring_len, row_len, _] = self.lens(rows.len());
+        let (rounded, rest) = space.split_at_mut(picture_len);
+        let (ring, rest) = rest.split_at_mut(ring_len);
+        let (row, all) = rest.split_at_mut(row_len);
+        // The columns beside the picture stay zeros.
+        ring.fill(0.0);
+        let (mut window, each) = (self.call, self.panel());
+        if self.expand.is_some() {
+            window.x_steps[2] = each as isize;
+            window.x_dims[2] = self.padded();
+            (window.params.pad_before[2], window.params.pad_after[2]) = (0, 0);
+        }
+        let mut chunk = Chunk {
+            work: self,
+            window,
+            picture: self.call.x.at(sample as isize * self.call.x_steps[0]),
+            top: self.above(rows.start).start,
+            rounded,
+            ring,
+            row,
+            all,
+        };
+        let [_, height, width, channels] = self.call.y_dims;
+        let first = (sample * height + rows.start) * width;
+        // SAFETY: these rows of the result are this thread's, and so are all that are read of the picture.
+        unsafe {
+            chunk.round(self.above(rows.end - 1).end);
+            for start in (0..channels).step_by(each.max(1)) {
+                let panel = start..(start + each).min(channels);
+                let mut expanded = chunk.top;
+                for (index, out) in rows.clone().enumerate() {
+                    // Rows of the window before are there already.
+                    let above = self.above(out);
+                    for row in expanded.max(above.start)..above.end {
+                        chunk.expand(row, panel.clone());
+                    }
+                    expanded = expanded.max(above.end);
+                    let pixel = first + index * width;
+                    if each < channels {
+                        chunk.window(out, panel.clone(), (index, pixel));
+                    } else {
+                        // With one panel, a row is finished before the next one.
+                        chunk.window(out, panel.clone(), (0, pixel));
+                        chunk.project(pixel..pixel + width);
+                    }
+                }
+            }
+            if each < channels {
+                chunk.project(first..first + rows.len() * width);
+            }
+        }
+    }
+}
+
+/// Some rows of the result of a sample, on one thread.
+struct Chunk<'a> {
+    work: &'a Work<'a>,
+    /// The depthwise convolution as it reads the ring.
+    window: Call<'a>,
+    picture: *const f32,
+    /// The first row that is read of the picture.
+    top: usize,
+    /// The picture from there on, where it is expanded in pairs.
+    rounded: &'a mut [f32],
+    ring: &'a mut [f32],
+    row: &'a mut [f32],
+    all: &'a mut [f32],
+}
+
+impl Chunk<'_> {
+    fn picture_row(&self, row: usize) -> *const f32 {
+        self.picture
+            .wrapping_offset(row as isize * self.work.call.x_steps[1])
+    }
+
+    /// Rounds the rows of the picture up to `end`, where they are expanded in pairs.
+    ///
+    /// # Safety
+    /// They exist.
+    unsafe fn round(&mut self, end: usize) {
+        let Some(expand) = self.work.expand.as_ref().filter(|e| e.pairs) else {
+            return;
+        };
+        let (wide, step) = (self.work.call.x_dims[2], self.work.call.x_steps[2]);
+        for row in self.top..end {
+            let from = self.picture_row(row);
+            let line = wide * expand.len();
+            let to = &mut self.rounded[(row - self.top) * line..][..line];
+            // SAFETY: a row of the picture.
+            unsafe { expand.round(from, step, to) };
+        }
+    }
+
+    /// Expands a row of the picture to some channels, where there is anything to expand.
+    ///
+    /// # Safety
+    /// The row exists, and is rounded where it must be.
+    unsafe fn expand(&mut self, row: usize, panel: Range<usize>) {
+        let Some(expand) = &self.work.expand else {
+            return;
+        };
+        let call = &self.work.call;
+        let (wide, each) = (call.x_dims[2], self.work.panel());
+        let from = if expand.pairs {
+            let line = wide * expand.len();
+            let from = self.rounded[(row - self.top) * line..][..line].as_ptr();
+            (from, expand.len() as isize)
+        } else {
+            (self.picture_row(row), call.x_steps[2])
+        };
+        let line = self.work.padded() * each;
+        let to = &mut self.ring[row % call.params.kernel[1] * line..][..line];
+        let to = to.as_mut_ptr().wrapping_add(call.params.pad_before[2] * each);
+        // SAFETY: the row is the caller's, its place in the ring was just looked up.
+        unsafe {
+            expand.run(
+                from,
+                0..wide,
+                panel.clone(),
+                (Shared(to.wrapping_sub(panel.start)), each),
+            )
+        };
+    }
+
+    /// The depthwise windows of row `out` of the result, for some channels; they go to row `index` of those that are kept, or to
+    /// the result itself from pixel `pixel` on.
+    ///
+    /// # Safety
+    /// The rows they read are expanded, and the row of the result is this thread's.
+    unsafe fn window(&mut self, out: usize, panel: Range<usize>, (index, pixel): (usize, usize)) {
+        let work = self.work;
+        let (width, channels, each) = (self.window.y_dims[2], self.window.y_dims[3], work.panel());
+        let pairs = work.project.as_ref().filter(|p| p.pairs);
+        let lines = if work.expand.is_some() {
             Lines::Ring {
-                first: ring,
-                rows: self.ring(),
-                line: wide * channels,
+                first: Shared(self.ring.as_mut_ptr().wrapping_sub(panel.start)),
+                rows: self.window.params.kernel[1],
+                line: work.padded() * each,
             }
         } else {
             Lines::Picture {
-                first: Shared(picture),
-                step: call.x_steps[1],
+                first: Shared::of(self.picture),
+                step: self.window.x_steps[1],
             }
         };
-        let mut expanded = 0;
-        for out in rows {
-            let cells = inside(&call, 1, out, tall);
-            let top = (out * call.params.stride[1] + cells.start).saturating_sub(call.params.pad_before[1]);
-            if let Some(expand) = &self.expand {
-                // Rows of the window before are there already.
-                expanded = expanded.max(top);
-                while expanded < top + cells.len() {
-                    let from = picture.wrapping_offset(expanded as isize * self.call.x_steps[1]);
-                    let to = ring.at((expanded % self.ring() * wide * channels) as isize);
-                    // SAFETY: a row of the picture, and one of this thread's ring.
-                    unsafe { expand.run(from, self.call.x_steps[2], 0..wide, Shared(to), rounded) };
-                    expanded += 1;
-                }
-            }
-            let first = (sample * height + out) * width;
-            let (y, at) = match &self.project {
-                Some(_) => (Shared(row.as_mut_ptr()), 0),
-                None => (call.y, first * channels),
-            };
-            dispatch(Row {
-                call: &call,
-                lines,
-                row: out,
-                y,
-                at,
+        let (y, at, step) = if pairs.is_some() {
+            assert!(self.row.len() >= width * each, "conv: a row between");
+            (Shared(self.row.as_mut_ptr().wrapping_sub(panel.start)), 0, each)
+        } else if work.project.is_some() {
+            let line = width * channels;
+            let to = self.all[index * line..][..line].as_mut_ptr();
+            (Shared(to), 0, channels)
+        } else {
+            (work.call.y, pixel * channels, channels)
+        };
+        dispatch(Row {
+            call: &self.window,
+            lines,
+            row: out,
+            channels: panel.clone(),
+            y,
+            at,
+            step,
+        });
+        if let Some(project) = pairs {
+            let line = width * project.len();
+            let to: &mut [bf16] = bytemuck::cast_slice_mut(&mut self.all[index * line..][..line]);
+            dispatch_pairs(Rounded {
+                from: self.row.as_ptr(),
+                step: each as isize,
+                channel_step: 1,
+                channels: panel.len(),
+                to: &mut to[panel.start..],
+                to_step: 2 * project.len(),
             });
-            if let Some(project) = &self.project {
-                // SAFETY: the row that was just made, and a row of the result, which is this thread's.
-                unsafe {
-                    project.run(
-                        row.as_ptr(),
-                        channels as isize,
-                        first..first + width,
-                        call.y,
-                        rounded,
-                    )
-                };
-            }
         }
+    }
+
+    /// The last convolution, where there is one, from the rows that are kept to pixels `pixels` of the result.
+    ///
+    /// # Safety
+    /// They are this thread's.
+    unsafe fn project(&self, pixels: Range<usize>) {
+        let Some(project) = &self.work.project else {
+            return;
+        };
+        let (len, outputs) = (project.len(), project.product.outputs);
+        let from = self.all[..pixels.len() * len].as_ptr();
+        // SAFETY: the rows were just looked up, those of the result are the caller's.
+        unsafe {
+            project.run(
+                (from, len as isize),
+                pixels,
+                0..outputs,
+                (self.work.call.y, outputs),
+            )
+        };
     }
 }

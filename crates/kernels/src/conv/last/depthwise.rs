@@ -11,8 +11,11 @@ use std::ops::Range;
 
 /// Vectors of channels that are summed side by side.
 const VECTORS: usize = 2;
-/// Pixels in a tile at most.
+/// The same for a pixel alone, whose sums would wait for each other.
+const ALONE: usize = 6;
+/// Pixels in a tile, of twelve sums; rows of 7, 14, 28 pixels go in tiles of 14 sums where there are registers for them.
 const TILE: usize = 6;
+const SEVEN: usize = 7;
 
 pub(super) fn run(pool: &Pool, call: &Call<'_>) {
     let rows = call.y_dims[0] * call.y_dims[1];
@@ -27,8 +30,10 @@ pub(super) fn run(pool: &Pool, call: &Call<'_>) {
                     step: call.x_steps[1],
                 },
                 row: row % call.y_dims[1],
+                channels: 0..call.y_dims[3],
                 y: call.y,
                 at: row * call.y_dims[2] * call.y_dims[3],
+                step: call.y_dims[3],
             });
         }
     });
@@ -87,9 +92,12 @@ pub(super) struct Row<'a> {
     pub call: &'a Call<'a>,
     pub lines: Lines,
     pub row: usize,
-    /// Where the row of the result goes: from element `at` of `y` on.
+    /// Those that are computed. Where they lie apart, `lines` and `at` are where the first channel of all would be.
+    pub channels: Range<usize>,
+    /// Where the row of the result goes: from element `at` of `y` on, pixels `step` apart.
     pub y: Shared<f32>,
     pub at: usize,
+    pub step: usize,
 }
 
 impl Kernel for Row<'_> {
@@ -113,6 +121,9 @@ impl Kernel for Row<'_> {
                     let columns = inside(self.call, 2, column, self.call.x_dims[2]);
                     self.across::<S, 1>(s, &cells(columns), column);
                     column += 1;
+                } else if S::REGISTERS >= 32 && left.is_multiple_of(SEVEN) {
+                    self.across::<S, SEVEN>(s, &all, column);
+                    column += SEVEN;
                 } else if left >= TILE {
                     self.across::<S, TILE>(s, &all, column);
                     column += TILE;
@@ -145,22 +156,22 @@ impl Row<'_> {
         self.lines.line(h).wrapping_offset(w as isize * steps[2])
     }
 
-    /// Where the channels of a pixel of this row begin in the result.
-    #[inline(always)]
-    fn target(&self, column: usize) -> usize {
-        self.at + column * self.call.y_dims[3]
-    }
-
-    /// All channels of `T` pixels from `column` on.
+    /// The channels of `T` pixels from `column` on.
     ///
     /// # Safety
     /// The cells lie in the picture for all these pixels, and the row is this thread's.
     #[inline(always)]
     unsafe fn across<S: Simd, const T: usize>(&self, s: S, cells: &Cells, column: usize) {
-        let channels = self.call.x_dims[3];
-        let mut channel = 0;
+        let Range {
+            start: mut channel,
+            end: channels,
+        } = self.channels;
         // SAFETY: the channels exist, the rest is the caller's.
         unsafe {
+            while T == 1 && channel + ALONE * S::LANES <= channels {
+                self.tile::<S, T, ALONE, false>(s, cells, column, channel);
+                channel += ALONE * S::LANES;
+            }
             while channel + VECTORS * S::LANES <= channels {
                 self.tile::<S, T, VECTORS, false>(s, cells, column, channel);
                 channel += VECTORS * S::LANES;
@@ -189,7 +200,7 @@ impl Row<'_> {
     ) {
         let (call, params) = (self.call, &self.call.params);
         let channels = call.x_dims[3];
-        let there = channels - channel;
+        let there = self.channels.end - channel;
         let next = params.stride[2] as isize * call.x_steps[2];
         let beside = params.dilation[2] as isize * call.x_steps[2];
         let mut sums = [[s.zero(); V]; T];
@@ -215,9 +226,9 @@ impl Row<'_> {
                 x = x.wrapping_offset(beside);
             }
         }
-        let at = self.target(column) + channel;
+        let at = (self.at + column * self.step).wrapping_add(channel);
         let outputs = (channel, there.min(V * S::LANES));
         // SAFETY: the caller's.
-        unsafe { call.epilogue.finish(s, sums, outputs, (self.y, at, channels)) };
+        unsafe { call.epilogue.finish(s, sums, outputs, (self.y, at, self.step)) };
     }
 }

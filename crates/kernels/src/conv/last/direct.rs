@@ -14,10 +14,14 @@ use std::ops::Range;
 
 /// Pixels in a tile, of two vectors of outputs.
 const ROWS: usize = 6;
+/// Pixels in a high tile.
+const TALL: usize = 2 * ROWS;
+/// So few pixels are no tile of their own beside high ones.
+const FEW: usize = 3;
 /// Tiles that share a pass over a panel of weights, at least.
 const TILES: usize = 8;
 /// Pixels whose windows are looked up together.
-const BLOCK: usize = 16 * ROWS;
+const BLOCK: usize = 8 * TALL;
 /// Arithmetic a chunk should have before another one is worth claiming.
 const CHUNK_FLOPS: usize = 400_000;
 /// Arithmetic below which waking a thread costs more than it saves.
@@ -46,12 +50,18 @@ pub(super) struct Product<'a> {
     pub runs: Runs,
 }
 
+/// Writes where the windows of pixels from the one given on begin.
+pub(super) type Starts<'a> = dyn Fn(usize, &mut [*const f32]) + Sync + 'a;
+
 /// Everything for a call, in pairs of bf16 where `PAIRS`: elements are pairs then.
 pub(super) fn run<const PAIRS: bool>(pool: &Pool, call: &Call<'_>, scratch: &mut Scratch) {
     let params = &call.params;
     let pads = [1, 2]
         .iter()
         .any(|&a| params.pad_before[a] + params.pad_after[a] > 0);
+    if PAIRS && !pads && params.kernel == [1; 3] {
+        return points(pool, call, scratch);
+    }
     let planes = call.packed.planes();
     let (x, steps, width) = if PAIRS {
         paired(pool, call, scratch)
@@ -85,62 +95,128 @@ pub(super) fn run<const PAIRS: bool>(pool: &Pool, call: &Call<'_>, scratch: &mut
             len: if joined { kernel_w * width } else { width },
         }
     };
-    let product = Product {
-        weights: call.packed.data(),
-        outputs: call.y_dims[3],
-        runs,
-    };
-    let [_, height, columns, _] = call.y_dims;
     let starts = |first: usize, starts: &mut [*const f32]| {
-        let [mut n, mut h, mut w] = call.place(first);
-        for start in starts {
-            let place = [n, h * params.stride[1], w * params.stride[2]];
+        call.each_place(first, starts.len(), |i, place| {
             let offset: isize = place.iter().zip(steps).map(|(i, s)| *i as isize * s).sum();
-            *start = x.at(offset);
-            w += 1;
-            if w == columns {
-                (w, h) = (0, h + 1);
-            }
-            if h == height {
-                (h, n) = (0, n + 1);
-            }
-        }
+            starts[i] = x.at(offset);
+        });
     };
-    let (pixels, outputs) = (call.pixels(), call.y_dims[3]);
-    let (block, group) = shares(pool, pixels, outputs, runs.depth());
-    let (blocks, groups) = (pixels.div_ceil(block), outputs.div_ceil(group));
-    pool.run(blocks * groups, &|chunk| {
-        let (first, output) = (chunk / groups * block, chunk % groups * group);
-        let part = Part::<_, PAIRS> {
-            product,
+    let most = 8 * pool.threads();
+    each_chunk(pool, call, (runs.depth(), most), &|_, pixels, outputs| {
+        Part {
+            product: Product {
+                weights: call.packed.data(),
+                outputs: call.y_dims[3],
+                runs,
+            },
             starts: &starts,
-            pixels: first..(first + block).min(pixels),
-            outputs: output..(output + group).min(outputs),
+            pixels,
+            outputs,
             epilogue: call.epilogue,
             y: call.y,
-        };
-        if PAIRS {
-            dispatch_pairs(part);
-        } else {
-            dispatch(part);
+            line: call.y_dims[3],
         }
+        .run::<PAIRS>();
+    });
+}
+
+/// Windows of one pixel in pairs of bf16: a thread rounds the pixels of a chunk when it begins it, so that there is one job, and
+/// what it reads lies in its own cache.
+fn points(pool: &Pool, call: &Call<'_>, scratch: &mut Scratch) {
+    let channels = call.x_dims[3];
+    let runs = Runs {
+        rows: 1,
+        columns: 1,
+        steps: [0; 2],
+        len: channels.div_ceil(2),
+    };
+    // Chunks that differ by their outputs alone round the same pixels.
+    let most = 4 * pool.threads();
+    let (block, _) = shares(call, (runs.len, most), pool.threads());
+    let (_, memory) = scratch.with_own(0, pool.threads(), block * runs.len);
+    each_chunk(pool, call, (runs.len, most), &|worker, pixels, outputs| {
+        // SAFETY: this thread alone is the worker.
+        let own = unsafe { memory.of(worker) };
+        let rounded: &mut [bf16] = bytemuck::cast_slice_mut(own);
+        let step = call.params.stride[2] as isize * call.x_steps[2];
+        let mut done = 0;
+        while done < pixels.len() {
+            let [n, h, w] = call.place(pixels.start + done);
+            let count = (call.y_dims[2] - w).min(pixels.len() - done);
+            let place = [n, h * call.params.stride[1], w * call.params.stride[2]];
+            let offset: isize = (place.iter().zip(call.x_steps))
+                .map(|(i, s)| *i as isize * s)
+                .sum();
+            dispatch_pairs(Rounded {
+                from: call.x.at(offset),
+                step,
+                channel_step: call.channel_step,
+                channels,
+                to: &mut rounded[2 * runs.len * done..2 * runs.len * (done + count)],
+                to_step: 2 * runs.len,
+            });
+            done += count;
+        }
+        let (x, first) = (Shared::of(own.as_ptr()), pixels.start);
+        Part {
+            product: Product {
+                weights: call.packed.data(),
+                outputs: call.y_dims[3],
+                runs,
+            },
+            starts: &|pixel, starts| {
+                for (i, start) in starts.iter_mut().enumerate() {
+                    *start = x.at(((pixel - first + i) * runs.len) as isize);
+                }
+            },
+            pixels,
+            outputs,
+            epilogue: call.epilogue,
+            y: call.y,
+            line: call.y_dims[3],
+        }
+        .run::<true>();
+    });
+}
+
+/// Calls `task` with the worker, the pixels and the outputs of every chunk: of windows of `depth` elements, at most `most` of them
+/// but for large pictures.
+fn each_chunk(
+    pool: &Pool,
+    call: &Call<'_>,
+    (depth, most): (usize, usize),
+    task: &(dyn Fn(usize, Range<usize>, Range<usize>) + Sync),
+) {
+    let (pixels, outputs) = (call.pixels(), call.y_dims[3]);
+    let (block, group) = shares(call, (depth, most), pool.threads());
+    let (blocks, groups) = (pixels.div_ceil(block), outputs.div_ceil(group));
+    pool.run_indexed(blocks * groups, &|worker, chunk| {
+        let (first, output) = (chunk / groups * block, chunk % groups * group);
+        task(
+            worker,
+            first..(first + block).min(pixels),
+            output..(output + group).min(outputs),
+        );
     });
 }
 
 /// Pixels and outputs of a chunk: enough arithmetic, and enough chunks for the threads.
-fn shares(pool: &Pool, pixels: usize, outputs: usize, depth: usize) -> (usize, usize) {
+fn shares(call: &Call<'_>, (depth, most): (usize, usize), threads: usize) -> (usize, usize) {
+    let (pixels, outputs) = (call.pixels(), call.y_dims[3]);
     let width = panel_width();
     let wanted = CHUNK_FLOPS / (2 * depth * outputs).max(1);
     let block = wanted.max(ROWS * TILES).next_multiple_of(ROWS);
     let blocks = pixels.div_ceil(block);
-    let most = (2 * depth * outputs * pixels / LEAST_FLOPS).max(1);
-    let groups = (8 * pool.threads())
-        .min(most)
-        .div_ceil(blocks)
-        .min(outputs.div_ceil(width));
+    let worth = (2 * depth * outputs * pixels / LEAST_FLOPS).max(1);
+    let groups = most.min(worth).div_ceil(blocks).min(outputs.div_ceil(width));
     let each = outputs.div_ceil(width).div_ceil(groups.max(1)) * width;
     // Even blocks: no thread is left with a short last one.
-    let even = pixels.div_ceil(blocks).next_multiple_of(ROWS);
+    let even = pixels.div_ceil(blocks);
+    let even = if blocks > threads {
+        even.next_multiple_of(ROWS)
+    } else {
+        even
+    };
     (even, each)
 }
 
@@ -181,11 +257,13 @@ fn padded_planes(pool: &Pool, call: &Call<'_>, scratch: &mut Scratch) -> (Shared
     let [ph, pw] = [1, 2].map(|a| params.pad_before[a] + params.pad_after[a]);
     let (rows, line) = (h + ph, w + pw);
     let to = Shared(scratch.f32(n * c * rows * line).as_mut_ptr());
-    pool.run_ranges(n * c * rows, (8192 / line.max(1)).max(1), &|range| {
-        for row in range {
-            // SAFETY: row `row` of the scratch memory is this thread's.
-            let out = unsafe { std::slice::from_raw_parts_mut(to.at((row * line) as isize), line) };
-            let (plane, row) = (row / rows, row % rows);
+    // Row by row through all planes, as the rows of the result are shared out.
+    pool.run_ranges(n * rows, (8192 / (c * line).max(1)).max(1), &|range| {
+        for (row, channel) in range.flat_map(|row| (0..c).map(move |channel| (row, channel))) {
+            let (sample, row) = (row / rows, row % rows);
+            let place = (sample * c + channel) * rows + row;
+            // SAFETY: this row of the scratch memory, in all planes, is this thread's.
+            let out = unsafe { std::slice::from_raw_parts_mut(to.at((place * line) as isize), line) };
             let Some(row) = row.checked_sub(params.pad_before[1]).filter(|r| *r < h) else {
                 out.fill(0.0);
                 continue;
@@ -194,7 +272,6 @@ fn padded_planes(pool: &Pool, call: &Call<'_>, scratch: &mut Scratch) -> (Shared
             let (inside, after) = rest.split_at_mut(w);
             before.fill(0.0);
             after.fill(0.0);
-            let (sample, channel) = (plane / c, plane % c);
             let from = call.x.at(sample as isize * call.x_steps[0]
                 + channel as isize * call.channel_step
                 + row as isize * call.x_steps[1]);
@@ -245,35 +322,38 @@ fn paired(pool: &Pool, call: &Call<'_>, scratch: &mut Scratch) -> (Shared<f32>, 
                 channel_step: call.channel_step,
                 channels: c,
                 to: inside.as_flattened_mut(),
+                to_step: 2 * pairs,
             });
         }
     });
     (to, [(rows * line) as isize, line as isize, pairs as isize], pairs)
 }
 
-/// Pixels of `channels` numbers, `step` apart and their channels `channel_step` apart, as bf16 side by side; an odd number of
-/// channels gets a zero. Made for pixels that are readable.
+/// Pixels of `channels` numbers, `step` apart and their channels `channel_step` apart, as bf16; an odd number of channels gets a
+/// zero. In `to`, pixels lie `to_step` apart, an even number. Made for pixels that are readable.
 pub(super) struct Rounded<'a> {
     pub from: *const f32,
     pub step: isize,
     pub channel_step: isize,
     pub channels: usize,
     pub to: &'a mut [bf16],
+    pub to_step: usize,
 }
 
 impl Kernel for Rounded<'_> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let channels = self.channels;
-        if self.channel_step == 1 && channels.is_multiple_of(2) && self.step == channels as isize {
+        let (channels, dense) = (self.channels, self.channel_step == 1);
+        if dense && self.to_step == channels && self.step == channels as isize {
             // SAFETY: the pixels lie side by side.
             let from = unsafe { std::slice::from_raw_parts(self.from, self.to.len()) };
             return Round(from, self.to).run(s);
         }
-        for (i, pixel) in self.to.chunks_exact_mut(channels.next_multiple_of(2)).enumerate() {
+        for (i, pixel) in self.to.chunks_mut(self.to_step).enumerate() {
+            let pixel = &mut pixel[..channels.next_multiple_of(2)];
             let from = self.from.wrapping_offset(i as isize * self.step);
-            if self.channel_step == 1 {
+            if dense {
                 // SAFETY: the channels lie side by side.
                 let from = unsafe { std::slice::from_raw_parts(from, channels) };
                 Round(from, &mut pixel[..channels]).run(s);
@@ -307,48 +387,80 @@ unsafe fn gather(from: *const f32, step: isize, channel_step: isize, channels: u
     }
 }
 
-/// Some pixels times some panels, on one thread; in pairs of bf16 where `PAIRS`.
-pub(super) struct Part<'a, P: Fn(usize, &mut [*const f32]), const PAIRS: bool> {
+/// Some pixels times some panels, on one thread.
+pub(super) struct Part<'a> {
     pub product: Product<'a>,
-    /// Writes where the windows of pixels from the one given on begin.
-    pub starts: &'a P,
+    pub starts: &'a Starts<'a>,
     pub pixels: Range<usize>,
     pub outputs: Range<usize>,
     pub epilogue: Epilogue<'a>,
+    /// Where the results of pixel 0 begin, and how far apart those of pixels are. Where not all outputs are computed this may be
+    /// where the first of all would be.
     pub y: Shared<f32>,
+    pub line: usize,
 }
 
-impl<P: Fn(usize, &mut [*const f32]), const PAIRS: bool> Kernel for Part<'_, P, PAIRS> {
+impl Part<'_> {
+    /// Computes it, in pairs of bf16 where `PAIRS`.
+    pub(super) fn run<const PAIRS: bool>(self) {
+        if PAIRS {
+            dispatch_pairs(Tiles::<true>(self));
+        } else {
+            dispatch(Tiles::<false>(self));
+        }
+    }
+}
+
+struct Tiles<'a, const PAIRS: bool>(Part<'a>);
+
+impl<const PAIRS: bool> Kernel for Tiles<'_, PAIRS> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let mut begin = self.pixels.start;
-        while begin < self.pixels.end {
+        let part = &self.0;
+        let mut begin = part.pixels.start;
+        while begin < part.pixels.end {
             let mut starts = [std::ptr::null(); BLOCK];
-            let starts = &mut starts[..BLOCK.min(self.pixels.end - begin)];
-            (self.starts)(begin, starts);
+            let starts = &mut starts[..BLOCK.min(part.pixels.end - begin)];
+            (part.starts)(begin, starts);
             self.block(s, begin, starts);
             begin += starts.len();
         }
     }
 }
 
-impl<P: Fn(usize, &mut [*const f32]), const PAIRS: bool> Part<'_, P, PAIRS> {
+impl<const PAIRS: bool> Tiles<'_, PAIRS> {
     /// All panels for the pixels from `begin` on, whose windows begin at `starts`.
     #[inline(always)]
     fn block<S: Simd>(&self, s: S, begin: usize, starts: &[*const f32]) {
-        let depth = self.product.runs.depth();
+        let depth = self.0.product.runs.depth();
         // Tiles of nearly one height: a single last pixel would wait for its own sums.
-        let mut first = self.outputs.start;
-        while first < self.outputs.end {
-            let width = width_at(first, self.product.outputs);
-            let panel = &self.product.weights[first * depth..][..width * depth];
-            // With one vector of outputs, tiles are twice as high: six sums would wait for each other.
+        let mut first = self.0.outputs.start;
+        while first < self.0.outputs.end {
+            let width = width_at(first, self.0.product.outputs);
+            let panel = &self.0.product.weights[first * depth..][..width * depth];
+            // Tiles are twice as high where registers hold their sums: six sums of one vector would wait for each other, and twelve
+            // pixels read the weights half as often.
             let mut done = 0;
-            if width == S::LANES {
-                while let Some(rows) = starts[done..].first_chunk::<{ 2 * ROWS }>() {
+            let wide = width == 2 * S::LANES;
+            if !wide || S::REGISTERS >= 32 {
+                let rest = starts.len() % TALL;
+                let last = if (1..=FEW).contains(&rest) {
+                    TALL + rest
+                } else {
+                    rest
+                };
+                while let Some(rows) = starts[done..].first_chunk::<TALL>()
+                    && starts.len() - done > last
+                {
                     // SAFETY: as below.
-                    unsafe { self.tile::<S, { 2 * ROWS }, 1>(s, panel, begin + done, *rows, first) };
+                    unsafe {
+                        if !wide {
+                            self.tile::<S, TALL, 1>(s, panel, begin + done, *rows, first);
+                        } else if S::REGISTERS >= 32 {
+                            self.tile::<S, TALL, 2>(s, panel, begin + done, *rows, first);
+                        }
+                    }
                     done += rows.len();
                 }
             }
@@ -360,7 +472,7 @@ impl<P: Fn(usize, &mut [*const f32]), const PAIRS: bool> Part<'_, P, PAIRS> {
                 // SAFETY: the windows of these pixels lie in the picture, the panel has `depth` lines of `width`,
                 // and these elements of the result are this thread's.
                 unsafe {
-                    if width == 2 * S::LANES {
+                    if wide {
                         self.tiles::<S, 2>(s, panel, pixel, rows, first);
                     } else {
                         self.tiles::<S, 1>(s, panel, pixel, rows, first);
@@ -372,7 +484,7 @@ impl<P: Fn(usize, &mut [*const f32]), const PAIRS: bool> Part<'_, P, PAIRS> {
     }
 
     /// # Safety
-    /// As [`Part::tile`].
+    /// As [`Tiles::tile`].
     #[inline(always)]
     unsafe fn tiles<S: Simd, const V: usize>(
         &self,
@@ -411,12 +523,12 @@ impl<P: Fn(usize, &mut [*const f32]), const PAIRS: bool> Part<'_, P, PAIRS> {
         first: usize,
     ) {
         // SAFETY: the caller's.
-        let sums = unsafe { windows::<S, R, V, PAIRS>(s, rows, self.product.runs, panel.as_ptr()) };
-        let outputs = self.product.outputs;
+        let sums = unsafe { windows::<S, R, V, PAIRS>(s, rows, self.0.product.runs, panel.as_ptr()) };
+        let outputs = self.0.product.outputs;
         let there = (outputs - first).min(V * S::LANES);
-        let place = (self.y, pixel * outputs + first, outputs);
+        let place = (self.0.y, pixel * self.0.line + first, self.0.line);
         // SAFETY: these outputs exist and are this thread's.
-        unsafe { self.epilogue.finish(s, sums, (first, there), place) };
+        unsafe { self.0.epilogue.finish(s, sums, (first, there), place) };
     }
 }
 

@@ -272,8 +272,8 @@ impl<'a> Epilogue<'a> {
         outputs: (usize, usize),
         place: (Shared<f32>, usize, usize),
     ) {
-        // A tile has twelve vectors at most, of sixteen lanes.
-        let mut memory = [0.0; 12 * 16];
+        // A tile has 24 vectors at most, of sixteen lanes.
+        let mut memory = [0.0; 24 * 16];
         let line = V * S::LANES;
         assert!(R * line <= memory.len(), "conv: a tile");
         for (r, sums) in sums.iter().enumerate() {

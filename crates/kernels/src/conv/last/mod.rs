@@ -74,6 +74,22 @@ impl Call<'_> {
         self.y_dims[..3].iter().product()
     }
 
+    /// Calls `task` with the index and the sample, row and column in the picture of `count` output pixels from `first` on.
+    fn each_place(&self, first: usize, count: usize, mut task: impl FnMut(usize, [usize; 3])) {
+        let [_, height, width, _] = self.y_dims;
+        let [mut n, mut h, mut w] = self.place(first);
+        for i in 0..count {
+            task(i, [n, h * self.params.stride[1], w * self.params.stride[2]]);
+            w += 1;
+            if w == width {
+                (w, h) = (0, h + 1);
+            }
+            if h == height {
+                (h, n) = (0, n + 1);
+            }
+        }
+    }
+
     /// Sample, row and column of output pixel `index`.
     fn place(&self, index: usize) -> [usize; 3] {
         let [_, height, width, _] = self.y_dims;

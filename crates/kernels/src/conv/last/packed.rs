@@ -211,7 +211,7 @@ fn best_way(
     let pays = channels > FEW || cells * outputs >= LEAST_SUMS;
     match arithmetic {
         Arithmetic::InOrder => Way::Direct,
-        Arithmetic::Bf16 if transformed == Way::Direct && pays && has_pairs() => Way::Pairs,
+        Arithmetic::Bf16 if pays && has_pairs() => Way::Pairs,
         Arithmetic::F32 | Arithmetic::Bf16 => transformed,
     }
 }

@@ -244,7 +244,7 @@ fn multiply<F: Form>(pool: &Pool, call: &Call<'_>, tiles: Tiles, inputs: Shared<
                 *start = from.at(((first + i) * channels) as isize);
             }
         };
-        dispatch(Part::<_, false> {
+        Part {
             product: Product {
                 weights: &call.packed.data()[position * each..][..each],
                 outputs,
@@ -255,7 +255,9 @@ fn multiply<F: Form>(pool: &Pool, call: &Call<'_>, tiles: Tiles, inputs: Shared<
             outputs: first..(first + group).min(outputs),
             epilogue: Epilogue::none(),
             y: Shared(products.at((position * tiles.all * outputs) as isize)),
-        });
+            line: outputs,
+        }
+        .run::<false>();
     });
 }
 
