@@ -10,6 +10,7 @@ use crate::scratch::Scratch;
 use crate::simd::{Kernel, Simd, dispatch, dispatch_pairs};
 use crate::weights::Round;
 use half::bf16;
+use std::cell::Cell;
 use std::ops::Range;
 
 /// Pixels in a tile, of two vectors of outputs.
@@ -24,6 +25,8 @@ const TILES: usize = 8;
 const BLOCK: usize = 8 * TALL;
 /// Arithmetic a chunk should have before another one is worth claiming.
 const CHUNK_FLOPS: usize = 400_000;
+/// Bytes of weights from which they come from memory, or from the last cache.
+const LARGE: usize = 1 << 20;
 /// Arithmetic below which waking a thread costs more than it saves.
 const LEAST_FLOPS: usize = 60_000;
 
@@ -413,6 +416,33 @@ impl Part<'_> {
 
 struct Tiles<'a, const PAIRS: bool>(Part<'a>);
 
+/// Weights of one or two vectors of outputs.
+struct Panel {
+    /// The first of the outputs.
+    first: usize,
+    data: *const f32,
+    ahead: Cell<Ahead>,
+}
+
+/// Lines that memory is asked for while it has nothing else to do.
+#[derive(Clone, Copy)]
+struct Ahead {
+    at: *const u8,
+    left: usize,
+    /// How many every four steps.
+    each: usize,
+}
+
+impl Default for Ahead {
+    fn default() -> Self {
+        Ahead {
+            at: std::ptr::null(),
+            left: 0,
+            each: 0,
+        }
+    }
+}
+
 impl<const PAIRS: bool> Kernel for Tiles<'_, PAIRS> {
     type Out = ();
     #[inline(always)]
@@ -439,6 +469,12 @@ impl<const PAIRS: bool> Tiles<'_, PAIRS> {
         while first < self.0.outputs.end {
             let width = width_at(first, self.0.product.outputs);
             let panel = &self.0.product.weights[first * depth..][..width * depth];
+            let panel = Panel {
+                first,
+                data: panel.as_ptr(),
+                ahead: self.next_panel(first + width, width, starts.len()),
+            };
+            let panel = &panel;
             // Tiles are twice as high where registers hold their sums: six sums of one vector would wait for each other, and twelve
             // pixels read the weights half as often.
             let mut done = 0;
@@ -456,9 +492,9 @@ impl<const PAIRS: bool> Tiles<'_, PAIRS> {
                     // SAFETY: as below.
                     unsafe {
                         if !wide {
-                            self.tile::<S, TALL, 1>(s, panel, begin + done, *rows, first);
+                            self.tile::<S, TALL, 1>(s, panel, begin + done, *rows);
                         } else if S::REGISTERS >= 32 {
-                            self.tile::<S, TALL, 2>(s, panel, begin + done, *rows, first);
+                            self.tile::<S, TALL, 2>(s, panel, begin + done, *rows);
                         }
                     }
                     done += rows.len();
@@ -473,9 +509,9 @@ impl<const PAIRS: bool> Tiles<'_, PAIRS> {
                 // and these elements of the result are this thread's.
                 unsafe {
                     if wide {
-                        self.tiles::<S, 2>(s, panel, pixel, rows, first);
+                        self.tiles::<S, 2>(s, panel, pixel, rows);
                     } else {
-                        self.tiles::<S, 1>(s, panel, pixel, rows, first);
+                        self.tiles::<S, 1>(s, panel, pixel, rows);
                     }
                 }
             }
@@ -483,26 +519,41 @@ impl<const PAIRS: bool> Tiles<'_, PAIRS> {
         }
     }
 
+    /// What is asked of memory while a panel is multiplied with `pixels` pixels: the next panel, which begins at output `first`, where
+    /// all of them are more than a cache holds.
+    fn next_panel(&self, first: usize, width: usize, pixels: usize) -> Cell<Ahead> {
+        let Product {
+            weights,
+            outputs,
+            runs,
+        } = self.0.product;
+        let next = weights.get(first * runs.depth()..).filter(|_| first < outputs);
+        let Some(next) = next.filter(|_| size_of_val(weights) > LARGE) else {
+            return Cell::default();
+        };
+        let lines = runs.depth() * width_at(first, outputs) * size_of::<f32>() / 64;
+        let tiles = pixels.div_ceil(TALL);
+        Cell::new(Ahead {
+            at: next.as_ptr().cast(),
+            left: lines,
+            // As many every four steps as make a panel.
+            each: (4 * width * size_of::<f32>() / 64).div_ceil(tiles),
+        })
+    }
+
     /// # Safety
     /// As [`Tiles::tile`].
     #[inline(always)]
-    unsafe fn tiles<S: Simd, const V: usize>(
-        &self,
-        s: S,
-        panel: &[f32],
-        pixel: usize,
-        rows: &[*const f32],
-        first: usize,
-    ) {
+    unsafe fn tiles<S: Simd, const V: usize>(&self, s: S, panel: &Panel, pixel: usize, rows: &[*const f32]) {
         // SAFETY: the caller's.
         unsafe {
             match *rows {
-                [a, b, c, d, e, f] => self.tile::<S, 6, V>(s, panel, pixel, [a, b, c, d, e, f], first),
-                [a, b, c, d, e] => self.tile::<S, 5, V>(s, panel, pixel, [a, b, c, d, e], first),
-                [a, b, c, d] => self.tile::<S, 4, V>(s, panel, pixel, [a, b, c, d], first),
-                [a, b, c] => self.tile::<S, 3, V>(s, panel, pixel, [a, b, c], first),
-                [a, b] => self.tile::<S, 2, V>(s, panel, pixel, [a, b], first),
-                [a] => self.tile::<S, 1, V>(s, panel, pixel, [a], first),
+                [a, b, c, d, e, f] => self.tile::<S, 6, V>(s, panel, pixel, [a, b, c, d, e, f]),
+                [a, b, c, d, e] => self.tile::<S, 5, V>(s, panel, pixel, [a, b, c, d, e]),
+                [a, b, c, d] => self.tile::<S, 4, V>(s, panel, pixel, [a, b, c, d]),
+                [a, b, c] => self.tile::<S, 3, V>(s, panel, pixel, [a, b, c]),
+                [a, b] => self.tile::<S, 2, V>(s, panel, pixel, [a, b]),
+                [a] => self.tile::<S, 1, V>(s, panel, pixel, [a]),
                 _ => unreachable!("a tile has one to six pixels"),
             }
         }
@@ -517,14 +568,13 @@ impl<const PAIRS: bool> Tiles<'_, PAIRS> {
     unsafe fn tile<S: Simd, const R: usize, const V: usize>(
         &self,
         s: S,
-        panel: &[f32],
+        panel: &Panel,
         pixel: usize,
         rows: [*const f32; R],
-        first: usize,
     ) {
         // SAFETY: the caller's.
-        let sums = unsafe { windows::<S, R, V, PAIRS>(s, rows, self.0.product.runs, panel.as_ptr()) };
-        let outputs = self.0.product.outputs;
+        let sums = unsafe { windows::<S, R, V, PAIRS>(s, rows, self.0.product.runs, panel) };
+        let (outputs, first) = (self.0.product.outputs, panel.first);
         let there = (outputs - first).min(V * S::LANES);
         let place = (self.0.y, pixel * self.0.line + first, self.0.line);
         // SAFETY: these outputs exist and are this thread's.
@@ -541,10 +591,11 @@ unsafe fn windows<S: Simd, const R: usize, const V: usize, const PAIRS: bool>(
     s: S,
     rows: [*const f32; R],
     runs: Runs,
-    panel: *const f32,
+    panel: &Panel,
 ) -> [[S::F; V]; R] {
     let mut sums = [[s.zero(); V]; R];
-    let mut at = panel;
+    let mut at = panel.data;
+    let mut ahead = panel.ahead.get();
     for i in 0..runs.rows {
         for j in 0..runs.columns {
             let offset = i as isize * runs.steps[0] + j as isize * runs.steps[1];
@@ -557,6 +608,11 @@ unsafe fn windows<S: Simd, const R: usize, const V: usize, const PAIRS: bool>(
                         step_by::<S, R, V, PAIRS>(s, &from, k + step, at.add(step * V * S::LANES), &mut sums)
                     };
                 }
+                for _ in 0..ahead.each.min(ahead.left) {
+                    s.prefetch_later(ahead.at);
+                    ahead.at = ahead.at.wrapping_add(64);
+                    ahead.left -= 1;
+                }
                 k += 4;
                 at = at.wrapping_add(4 * V * S::LANES);
             }
@@ -568,6 +624,7 @@ unsafe fn windows<S: Simd, const R: usize, const V: usize, const PAIRS: bool>(
             }
         }
     }
+    panel.ahead.set(ahead);
     sums
 }
 
