@@ -79,13 +79,11 @@ pub fn reduce(pool: &Pool, op: Reduce, x: View<'_, f32>, axes: &[usize], mut y: 
         // One line of results: threads share its columns.
         let len = outer.inner().0;
         outer.for_rows(0..1, |_, at| {
-            let blocks = len.div_ceil(columns::BLOCK);
-            let grain = 8192 / (columns::BLOCK * count).max(1);
-            pool.run_ranges(blocks, grain, &|range| {
-                side_by_side(
-                    range.start * columns::BLOCK..(range.end * columns::BLOCK).min(len),
-                    at,
-                );
+            // A thread walks over the lines once, in whole vectors, and has enough to add up.
+            let least = (8192 / count.max(1)).max(len.div_ceil(pool.threads()));
+            let each = least.next_multiple_of(columns::BLOCK);
+            pool.run(len.div_ceil(each), &|chunk| {
+                side_by_side(chunk * each..((chunk + 1) * each).min(len), at);
             });
         });
         return;

@@ -87,13 +87,15 @@ impl Kernel for Zip {
                     unsafe { s.store(y.add(i), value) };
                     i += S::LANES;
                 }
-                for i in i..n {
-                    // SAFETY: an element of each.
-                    let a = unsafe { *a.add(if steps[0] { i } else { 0 }) };
+                let rest = n - i;
+                if rest > 0 {
+                    let ($a, $b) = (
+                        part(s, a, steps[0], i, rest, a0),
+                        part(s, b, steps[1], i, rest, b0),
+                    );
+                    let value = $vector;
                     // SAFETY: as above.
-                    let b = unsafe { *b.add(if steps[1] { i } else { 0 }) };
-                    // SAFETY: as above.
-                    unsafe { *y.add(i) = op.apply(a, b) };
+                    unsafe { s.store_part(y.add(i), value, rest) };
                 }
             }};
         }
@@ -118,6 +120,17 @@ fn vector<S: Simd>(s: S, x: *const f32, steps: bool, i: usize, repeated: S::F) -
     if steps {
         // SAFETY: a whole vector of a stepping operand lies at `i`.
         unsafe { s.load(x.add(i)) }
+    } else {
+        repeated
+    }
+}
+
+/// The last `count` elements from `i` on of a stepping operand, or the repeated element. Called by [`Zip`] alone.
+#[inline(always)]
+fn part<S: Simd>(s: S, x: *const f32, steps: bool, i: usize, count: usize, repeated: S::F) -> S::F {
+    if steps {
+        // SAFETY: as many elements of a stepping operand lie at `i`.
+        unsafe { s.load_part(x.add(i), count) }
     } else {
         repeated
     }

@@ -7,8 +7,8 @@ use crate::simd::{Kernel, Simd};
 /// Results that are reduced together.
 const WIDTH: usize = 32;
 
-/// Results that threads share lines by.
-pub(super) const BLOCK: usize = 64;
+/// Results that threads share lines by: a vector.
+pub(super) const BLOCK: usize = 16;
 
 /// Vectors of results that are summed together.
 const VECTORS: usize = 4;
@@ -115,8 +115,16 @@ impl Columns<'_> {
                     // SAFETY: no vector is longer than sixteen lanes.
                     unsafe { s.store(line.as_mut_ptr().add(v * S::LANES), sum) };
                 }
-                for (i, (total, sum)) in totals.iter_mut().zip(line).enumerate() {
-                    if sum.is_finite() || i >= width {
+                let finite = |all: bool, sum: &f32| all & sum.is_finite();
+                if line.iter().fold(true, finite) {
+                    totals
+                        .iter_mut()
+                        .zip(line)
+                        .for_each(|(total, sum)| *total += f64::from(sum));
+                    continue;
+                }
+                for (i, (total, sum)) in totals.iter_mut().zip(line).enumerate().take(width) {
+                    if sum.is_finite() {
                         *total += f64::from(sum);
                         continue;
                     }
