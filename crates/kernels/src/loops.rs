@@ -122,6 +122,14 @@ impl<const N: usize> Nest<N> {
         })
     }
 
+    /// Both dimensions, when there are two.
+    pub(crate) fn matrix(&self) -> Option<Plane<N>> {
+        (self.rank == 2).then(|| Plane {
+            outer: (self.dims[0], self.strides[0]),
+            inner: (self.dims[1], self.strides[1]),
+        })
+    }
+
     /// Number of planes, see [`Nest::plane`].
     pub(crate) fn planes(&self) -> usize {
         self.dims[..self.rank.saturating_sub(2)].iter().product()

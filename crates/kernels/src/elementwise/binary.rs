@@ -47,8 +47,56 @@ pub(super) unsafe fn apply_strided(
     }
 }
 
+/// [`apply_strided`] for `rows` rows whose elements lie side by side, or are one repeated; each operand has the step from row to row,
+/// and whether its elements step.
+///
+/// # Safety
+/// As there.
+pub(super) unsafe fn apply_rows(
+    op: Binary,
+    a: (*const f32, isize, bool),
+    b: (*const f32, isize, bool),
+    y: (*mut f32, isize),
+    (rows, n): (usize, usize),
+) {
+    dispatch(Rows {
+        first: Zip {
+            op,
+            a: a.0,
+            b: b.0,
+            steps: [a.2, b.2],
+            y: y.0,
+            n,
+        },
+        steps: [a.1, b.1, y.1],
+        rows,
+    });
+}
+
+/// Rows of one length. Made by [`apply_rows`] alone.
+struct Rows {
+    first: Zip,
+    steps: [isize; 3],
+    rows: usize,
+}
+
+impl Kernel for Rows {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let mut row = self.first;
+        for _ in 0..self.rows {
+            row.run(s);
+            row.a = row.a.wrapping_offset(self.steps[0]);
+            row.b = row.b.wrapping_offset(self.steps[1]);
+            row.y = row.y.wrapping_offset(self.steps[2]);
+        }
+    }
+}
+
 /// `n` elements side by side, or repeated where `steps` is false. Made by [`apply_strided`] alone, on its caller's
 /// word that the places are readable and writable.
+#[derive(Clone, Copy)]
 struct Zip {
     op: Binary,
     a: *const f32,

@@ -6,7 +6,7 @@ mod ops;
 
 pub use ops::{Binary, Compare, Logical, Unary};
 
-use crate::loops::{Nest, Shared};
+use crate::loops::{Nest, PARALLEL_ELEMENTS, Plane, Shared};
 use crate::pool::Pool;
 use crate::simd::{Kernel, Simd, dispatch};
 use crate::strided::{View, ViewMut};
@@ -164,6 +164,9 @@ pub fn binary(pool: &Pool, op: Binary, a: View<'_, f32>, b: View<'_, f32>, mut y
     assert_eq!(b.shape(), y.shape(), "operands of different shapes");
     let nest = Nest::new(y.shape(), [y.strides(), a.strides(), b.strides()]);
     let (py, pa, pb) = (Shared(y.ptr()), Shared::of(a.ptr()), Shared::of(b.ptr()));
+    if binary_rows(pool, op, &nest, [py, pa, pb]) {
+        return;
+    }
     let steps = nest.inner().1;
     nest.run(pool, &|len, at| {
         let (a, b) = (
@@ -175,9 +178,40 @@ pub fn binary(pool: &Pool, op: Binary, a: View<'_, f32>, b: View<'_, f32>, mut y
     });
 }
 
+/// [`binary`] for rows of few elements, many of them in one call of the kernel; false where they are none. `places` are those of
+/// the result and the operands, as in the nest.
+fn binary_rows(pool: &Pool, op: Binary, nest: &Nest<3>, places: [Shared<f32>; 3]) -> bool {
+    /// Elements of a row that make up for a call of their own.
+    const MANY: usize = 4096;
+    let Some(Plane { outer, inner }) = nest.matrix() else {
+        return false;
+    };
+    let (rows, [y_step, a_step, b_step]) = outer;
+    let (len, [y_inner, a_inner, b_inner]) = inner;
+    let side_by_side = y_inner == 1 && [a_inner, b_inner].iter().all(|step| matches!(step, 0 | 1));
+    if len >= MANY || !side_by_side {
+        return false;
+    }
+    pool.run_ranges(rows, PARALLEL_ELEMENTS.div_ceil(len.max(1)), &|range| {
+        let first = range.start as isize;
+        let [y, a, b] = places;
+        let a = (a.at(first * a_step).cast_const(), a_step, a_inner == 1);
+        let b = (b.at(first * b_step).cast_const(), b_step, b_inner == 1);
+        let y = (y.at(first * y_step), y_step);
+        // SAFETY: as in `map1`.
+        unsafe { binary::apply_rows(op, a, b, y, (range.len(), len)) };
+    });
+    true
+}
+
 /// `y = op(y, b)`.
 pub fn binary_inplace(pool: &Pool, op: Binary, mut y: ViewMut<'_, f32>, b: View<'_, f32>) {
     assert_eq!(b.shape(), y.shape(), "operands of different shapes");
+    let nest = Nest::new(y.shape(), [y.strides(), y.strides(), b.strides()]);
+    let (py, pb) = (Shared(y.ptr()), Shared::of(b.ptr()));
+    if binary_rows(pool, op, &nest, [py, py, pb]) {
+        return;
+    }
     let nest = Nest::new(y.shape(), [y.strides(), b.strides()]);
     let (py, pb) = (Shared(y.ptr()), Shared::of(b.ptr()));
     let steps = nest.inner().1;
