@@ -77,7 +77,8 @@ pub enum Numerics {
     /// Every result is rounded to the type that is written, as the program says.
     Faithful,
     /// As `Default`, but factors of convolutions, and of linear layers with more than a few rows, are rounded to bf16 (8 bits of
-    /// precision) on processors with instructions for it (AVX-512 BF16); elsewhere the same as `Default`.
+    /// precision) on processors with instructions for it (AVX-512 BF16), and 32-bit weights of linear layers with few rows to fp16 (11
+    /// bits) on all.
     Fast,
 }
 

@@ -19,6 +19,8 @@ pub struct Const {
     dense: OnceLock<Arc<[f32]>>,
     /// The matrix asked for first; few constants are asked for as two.
     matrix: OnceLock<Weights>,
+    /// The same in 16 bits.
+    half: OnceLock<Weights>,
     /// Weights of a convolution packed for the window asked for first.
     packed: OnceLock<Arc<PackedConv>>,
 }
@@ -176,6 +178,7 @@ impl Const {
             data,
             dense: OnceLock::new(),
             matrix: OnceLock::new(),
+            half: OnceLock::new(),
             packed: OnceLock::new(),
         }
     }
@@ -260,6 +263,31 @@ impl Const {
         Ok(made)
     }
 
+    /// As [`Const::weights`], 32-bit floats rounded to 16 bits where all of them are in their range: half as much to read.
+    pub fn half_weights(&self, rows: usize, cols: usize) -> Result<Weights, String> {
+        if !matches!(self.data, ConstData::F32(_) | ConstData::Stored(_)) {
+            return self.weights(rows, cols);
+        }
+        if let Some(known) = self.half.get()
+            && (known.rows(), known.cols()) == (rows, cols)
+        {
+            return Ok(known.clone());
+        }
+        let wide = self.make_weights(rows, cols)?;
+        let (mut row, mut halves) = (vec![0.0; cols], Vec::with_capacity(rows * cols));
+        for r in 0..rows {
+            wide.row(r, &mut row);
+            if row.iter().any(|x| x.abs() > f16::MAX.to_f32() || x.is_nan()) {
+                return self.weights(rows, cols);
+            }
+            halves.extend(row.iter().map(|&x| f16::from_f32(x)));
+        }
+        let bytes = Bytes::from_owner(HalfBytes(halves));
+        let made = Weights::from_f16(rows, cols, bytes).map_err(|e| e.to_string())?;
+        let _ = self.half.set(made.clone());
+        Ok(made)
+    }
+
     /// The elements as the weights `[rows, cols]` of a channels-last convolution with `pixels` rows and columns of results.
     pub fn packed(
         &self,
@@ -325,6 +353,14 @@ impl Const {
 struct DenseBytes(Arc<[f32]>);
 
 impl AsRef<[u8]> for DenseBytes {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
+}
+
+struct HalfBytes(Vec<f16>);
+
+impl AsRef<[u8]> for HalfBytes {
     fn as_ref(&self) -> &[u8] {
         bytemuck::cast_slice(&self.0)
     }
@@ -465,6 +501,29 @@ mod tests {
         let got: Vec<u32> = (0..4).map(|i| unpack_bits(&bytes, 6, i)).collect();
         assert_eq!(got, [1, 2, 3, 63]);
         assert_eq!(decode_i32(DType::Int4, &[0xF8, 0x17], 3), [-8, -1, 7]);
+    }
+
+    #[test]
+    fn half_weights_are_rounded_unless_one_of_them_is_too_large() {
+        let row = |weights: &Weights| {
+            let mut row = vec![0.0; 3];
+            weights.row(0, &mut row);
+            row
+        };
+        let c = Const::f32(DType::Fp32, &[1, 3], vec![1.0 + 1.0 / 4096.0, -65504.0, 1e-9]);
+        assert_eq!(row(&c.half_weights(1, 3).unwrap()), [1.0, -65504.0, 0.0]);
+        assert_eq!(
+            row(&c.weights(1, 3).unwrap()),
+            [1.0 + 1.0 / 4096.0, -65504.0, 1e-9]
+        );
+        for outside in [65520.0, f32::INFINITY, f32::NAN] {
+            let c = Const::f32(DType::Fp32, &[1, 3], vec![1.0 + 1.0 / 4096.0, 0.0, outside]);
+            assert_eq!(
+                row(&c.half_weights(1, 3).unwrap())[0],
+                1.0 + 1.0 / 4096.0,
+                "{outside}"
+            );
+        }
     }
 
     #[test]

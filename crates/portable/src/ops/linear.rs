@@ -414,11 +414,11 @@ impl OpCx<'_, '_> {
             Some(b) => self.constant(b).map(|c| Some(c.dense())),
             None => Some(None),
         };
+        let rows = elements(&shape[..shape.len() - 1]);
         if dtype.is_float()
-            && let (Some(bias), Some(weights)) = (constant_bias, self.weights(w, n, k)?)
+            && let (Some(bias), Some(weights)) = (constant_bias, self.linear_weights(w, (n, k), rows)?)
         {
             let bias = bias.filter(|b| b.iter().any(|&v| v != 0.0));
-            let rows = elements(&shape[..shape.len() - 1]);
             let packed = self.packed_linear(w, (n, k), rows)?;
             let arithmetic = self.arithmetic();
             return self.emit(
@@ -441,6 +441,26 @@ impl OpCx<'_, '_> {
             Some(b) => self.binary(kernels::Binary::Add, y, b),
             None => Ok(y),
         }
+    }
+
+    /// Weights as they are kept; in fast numerics, 32-bit ones that meet few rows are rounded to 16 bits: reading them is all the work.
+    fn linear_weights(
+        &mut self,
+        w: ValueId,
+        (n, k): (usize, usize),
+        rows: usize,
+    ) -> OpResult<Option<Weights>> {
+        if self.arithmetic() != Arithmetic::Bf16 || rows >= PACK_FROM {
+            return self.weights(w, n, k);
+        }
+        let Some(constant) = self.constant(w) else {
+            return Ok(None);
+        };
+        let weights = constant.half_weights(n, k)?;
+        if matches!(constant.data, ConstData::Stored(_)) {
+            self.release(&constant);
+        }
+        Ok(Some(weights))
     }
 
     /// 32-bit weights that meet many rows, packed.
