@@ -227,7 +227,12 @@ fn conclude(asked: &Asked, arguments: &[String], files: &Files, chosen: &BTreeSe
     let text = report.render(&Asked::command(arguments), asked.every);
     println!("{text}");
     if asked.write {
-        let path = root().join("docs/CONFORMANCE.md");
+        // A run of one precision has a report of its own.
+        let name = match asked.precision {
+            None => "docs/CONFORMANCE.md".to_string(),
+            Some(precision) => format!("docs/CONFORMANCE-{precision}.md"),
+        };
+        let path = root().join(name);
         fs::write(&path, &text).map_err(|e| format!("{}: {e}", path.display()))?;
     }
     report.verdict()

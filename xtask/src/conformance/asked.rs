@@ -17,7 +17,7 @@ pub const USAGE: &str = "cargo xtask conformance [--full] [--fp32 | --fp16] [--e
   --resume        go on where the last run ended; --retry: and run again what failed
   --no-torch      without PyTorch and the tests that need it
   --quick         with a module that is not optimised
-  --write         make docs/CONFORMANCE.md of it";
+  --write         make docs/CONFORMANCE.md of it, or docs/CONFORMANCE-fp32.md, docs/CONFORMANCE-fp16.md";
 
 /// What `conformance` is asked for.
 #[derive(Debug)]
