@@ -81,7 +81,7 @@ pub fn reduce(pool: &Pool, op: Reduce, x: View<'_, f32>, axes: &[usize], mut y: 
         outer.for_rows(0..1, |_, at| {
             // A thread walks over the lines once, in whole vectors, and has enough to add up.
             let least = (8192 / count.max(1)).max(len.div_ceil(pool.threads()));
-            let each = least.next_multiple_of(columns::BLOCK);
+            let each = least.max(1).next_multiple_of(columns::BLOCK);
             pool.run(len.div_ceil(each), &|chunk| {
                 side_by_side(chunk * each..((chunk + 1) * each).min(len), at);
             });

@@ -162,6 +162,14 @@ mod tests {
     use crate::strided::{View, ViewMut};
 
     #[test]
+    fn many_lines_of_nothing_have_no_results() {
+        let mut y = [];
+        let x = View::new(&[], 0, &[9000, 0], &[0, 1]).unwrap();
+        let to = ViewMut::new(&mut y, 0, &[1, 0], &[0, 1]).unwrap();
+        reduce(&Pool::new(2), Reduce::Sum, x, &[0], to);
+    }
+
+    #[test]
     fn columns_give_what_rows_give() {
         let mut seed = 3;
         let ops = [

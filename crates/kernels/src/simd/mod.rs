@@ -186,7 +186,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     #[inline(always)]
     fn prefetch(self, _p: *const u8) {}
 
-    /// As [`Simd::prefetch`], to the second cache: for what is needed after the work at hand.
+    /// As [`Simd::prefetch`], for what is needed after the work at hand: to the cache that is best for it.
     #[inline(always)]
     fn prefetch_later(self, _p: *const u8) {}
 

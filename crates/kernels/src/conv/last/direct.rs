@@ -106,20 +106,7 @@ pub(super) fn run<const PAIRS: bool>(pool: &Pool, call: &Call<'_>, scratch: &mut
     };
     let most = 8 * pool.threads();
     each_chunk(pool, call, (runs.depth(), most), &|_, pixels, outputs| {
-        Part {
-            product: Product {
-                weights: call.packed.data(),
-                outputs: call.y_dims[3],
-                runs,
-            },
-            starts: &starts,
-            pixels,
-            outputs,
-            epilogue: call.epilogue,
-            y: call.y,
-            line: call.y_dims[3],
-        }
-        .run::<PAIRS>();
+        Part::of(call, runs, &starts, (pixels, outputs)).run::<PAIRS>();
     });
 }
 
@@ -161,24 +148,12 @@ fn points(pool: &Pool, call: &Call<'_>, scratch: &mut Scratch) {
             done += count;
         }
         let (x, first) = (Shared::of(own.as_ptr()), pixels.start);
-        Part {
-            product: Product {
-                weights: call.packed.data(),
-                outputs: call.y_dims[3],
-                runs,
-            },
-            starts: &|pixel, starts| {
-                for (i, start) in starts.iter_mut().enumerate() {
-                    *start = x.at(((pixel - first + i) * runs.len) as isize);
-                }
-            },
-            pixels,
-            outputs,
-            epilogue: call.epilogue,
-            y: call.y,
-            line: call.y_dims[3],
-        }
-        .run::<true>();
+        let starts = |pixel: usize, starts: &mut [*const f32]| {
+            for (i, start) in starts.iter_mut().enumerate() {
+                *start = x.at(((pixel - first + i) * runs.len) as isize);
+            }
+        };
+        Part::of(call, runs, &starts, (pixels, outputs)).run::<true>();
     });
 }
 
@@ -403,7 +378,30 @@ pub(super) struct Part<'a> {
     pub line: usize,
 }
 
-impl Part<'_> {
+impl<'a> Part<'a> {
+    /// Some pixels and outputs of a call.
+    fn of(
+        call: &Call<'a>,
+        runs: Runs,
+        starts: &'a Starts<'a>,
+        (pixels, outputs): (Range<usize>, Range<usize>),
+    ) -> Self {
+        let line = call.y_dims[3];
+        Part {
+            product: Product {
+                weights: call.packed.data(),
+                outputs: line,
+                runs,
+            },
+            starts,
+            pixels,
+            outputs,
+            epilogue: call.epilogue,
+            y: call.y,
+            line,
+        }
+    }
+
     /// Computes it, in pairs of bf16 where `PAIRS`.
     pub(super) fn run<const PAIRS: bool>(self) {
         if PAIRS {

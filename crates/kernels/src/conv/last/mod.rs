@@ -1,6 +1,6 @@
 //! Convolutions of pictures whose channels lie side by side (`[n, h, w, c]`), with weights packed once.
 //!
-//! Pixels are the rows of a matrix product that is never written down: a tile of six pixels reads its windows where they
+//! Pixels are the rows of a matrix product that is never written down: a tile of six or twelve pixels reads its windows where they
 //! lie, a panel of output channels reads its weights in order, and the sums stay in registers. Depthwise convolutions
 //! run along the channels. 3x3 windows over large pictures go through Winograd's transform.
 
