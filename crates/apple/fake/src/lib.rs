@@ -28,12 +28,22 @@ mod value;
 
 use objc2::ClassType;
 use std::sync::atomic::{AtomicBool, AtomicIsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread::JoinHandle;
 
 /// Stand-in objects alive.
 static LIVE: AtomicIsize = AtomicIsize::new(0);
 
-/// How many stand-in objects are alive.
+/// Threads that call completion handlers; one may still hold its result when the handler has handed it on.
+static CALLERS: Mutex<Vec<JoinHandle<()>>> = Mutex::new(Vec::new());
+
+/// How many stand-in objects are alive, once no thread is left that calls a completion handler.
 pub fn live() -> isize {
+    let callers = std::mem::take(&mut *CALLERS.lock().unwrap_or_else(PoisonError::into_inner));
+    for caller in callers {
+        // A handler that panics is told of where it panicked.
+        let _ = caller.join();
+    }
     LIVE.load(Ordering::SeqCst)
 }
 

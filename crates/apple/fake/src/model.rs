@@ -22,7 +22,7 @@ use objc2_core_ml::{
 use objc2_foundation::{NSArray, NSDictionary, NSError, NSException, NSNumber, NSString, NSURL};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 pub static COMPILATIONS: AtomicUsize = AtomicUsize::new(0);
 
@@ -75,7 +75,9 @@ pub fn complete<T>(
     }
     let crossing = Crossing(handler.copy(), result);
     if Behaviour::OtherThread.is_on() {
-        std::thread::spawn(move || objc2::rc::autoreleasepool(|_| crossing.call(code)));
+        let caller = std::thread::spawn(move || objc2::rc::autoreleasepool(|_| crossing.call(code)));
+        let mut callers = crate::CALLERS.lock().unwrap_or_else(PoisonError::into_inner);
+        callers.push(caller);
     } else {
         crossing.call(code);
     }
