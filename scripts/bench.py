@@ -357,7 +357,7 @@ def versions():
 def without(flags):
     """What the table of targets asks for and this machine has no instructions for."""
     if "amx_bf16" in flags:
-        return "`fast` numerics use this processor's products of bf16 pairs, not its matrix units."
+        return "`fast` numerics use this processor's matrix units (AMX)."
     if FAST:
         return "`fast` numerics use this processor's products of bf16 pairs; it has no matrix units (AMX), for which their targets were set."
     return (

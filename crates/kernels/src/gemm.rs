@@ -5,7 +5,11 @@
 //! weights are unpacked once per block of lanes and never transposed. Results are `[row][lane]`.
 
 use crate::loops::Shared;
+#[cfg(target_arch = "x86_64")]
+use crate::simd::matrix_unit;
 use crate::simd::{Isa, Kernel, Simd, dispatch, dispatch_pairs, isa};
+#[cfg(target_arch = "x86_64")]
+use crate::tiles::{Part, SIDE, Session, Unit};
 use crate::weights::{Lines, Storage, Walk, Weights};
 use std::ops::Range;
 
@@ -192,6 +196,15 @@ impl Gemm<'_> {
                 let to = bytemuck::cast_slice_mut(&mut to[..depth]);
                 weights.decode_pairs(row, column + 2 * start, count, to);
             }
+            #[cfg(target_arch = "x86_64")]
+            let unit = matrix_unit();
+            #[cfg(target_arch = "x86_64")]
+            if unit.is_some() {
+                // Matrix units take whole chunks.
+                for row in space.chunks_exact_mut(APART).take(rows.len()) {
+                    row[depth..depth.next_multiple_of(SIDE)].fill(0.0);
+                }
+            }
             let next = 2 * (start + depth);
             let after = match self.rows {
                 Rows::Stored(weights) if start + depth < all => {
@@ -200,7 +213,7 @@ impl Gemm<'_> {
                 _ if start + depth == all => self.then,
                 _ => Lines::default(),
             };
-            dispatch_pairs(Decoded::<true>(Block {
+            let block = Block {
                 after,
                 first: space.as_ptr(),
                 stride: APART as isize,
@@ -211,8 +224,14 @@ impl Gemm<'_> {
                 depth,
                 add: start > 0,
                 c: &mut *c,
-            }));
+            };
             start += depth;
+            #[cfg(target_arch = "x86_64")]
+            if let Some(unit) = unit {
+                dispatch_pairs(ByTiles(block, unit));
+                continue;
+            }
+            dispatch_pairs(Decoded::<true>(block));
         }
     }
 }
@@ -252,6 +271,62 @@ impl<const PAIRS: bool> Kernel for Decoded<'_, PAIRS> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         self.0.run::<S, PAIRS, true>(s, APART as isize);
+    }
+}
+
+/// [`Decoded`] pairs by matrix units: rows are zeros up to a whole chunk.
+#[cfg(target_arch = "x86_64")]
+struct ByTiles<'a>(Block<'a>, Unit);
+
+#[cfg(target_arch = "x86_64")]
+impl Kernel for ByTiles<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        const WIDTH: usize = 2 * SIDE;
+        assert_eq!(2 * S::LANES, WIDTH, "gemm: panels for matrix units");
+        let (block, mut session) = (self.0, Session::new(self.1));
+        let line = block.panels * WIDTH;
+        let (whole, rest) = (block.depth / SIDE, block.depth % SIDE);
+        // Lines behind the last whole chunk, and zeros.
+        let mut last = [[0.0; WIDTH]; SIDE];
+        let mut ahead = Ahead {
+            walk: block.after.walk(),
+            left: block.after.len(),
+        };
+        let each = ahead
+            .left
+            .div_ceil((block.panels * block.rows.div_ceil(2 * SIDE)).max(1));
+        for p in 0..block.panels {
+            let panel = &block.panel[p * block.panel_step..][..block.depth * WIDTH];
+            last.as_flattened_mut()[..rest * WIDTH].copy_from_slice(&panel[whole * SIDE * WIDTH..]);
+            for row in (0..block.rows).step_by(2 * SIDE) {
+                let left = block.rows - row;
+                let rows = [left.min(SIDE), left.saturating_sub(SIDE).min(SIDE)];
+                let a =
+                    [row, row + rows[0]].map(|row| block.first.wrapping_offset(row as isize * block.stride));
+                let part = |chunk: usize, b: &[f32], chunks| Part {
+                    a: a.map(|a| a.wrapping_add(chunk * SIDE).cast()),
+                    a_step: block.stride as usize * size_of::<f32>(),
+                    b: b.as_ptr().cast(),
+                    b_step: WIDTH * size_of::<f32>(),
+                    chunks,
+                };
+                let parts = [part(0, panel, whole), part(whole, last.as_flattened(), 1)];
+                let parts = &parts[usize::from(whole == 0)..1 + usize::from(rest > 0)];
+                let c = &mut block.c[row * line + p * WIDTH..];
+                assert!(c.len() >= (rows[0] + rows[1] - 1) * line + WIDTH, "gemm: output");
+                // SAFETY: so many decoded rows lie at `first`, zeros behind them; panel and output were checked.
+                unsafe {
+                    if rows[1] > 0 {
+                        session.product::<2, 2>(rows, parts, c.as_mut_ptr(), line, block.add);
+                    } else {
+                        session.product::<1, 2>(rows, parts, c.as_mut_ptr(), line, block.add);
+                    }
+                }
+                ahead.ask(s, each);
+            }
+        }
     }
 }
 

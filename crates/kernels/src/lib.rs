@@ -30,6 +30,8 @@ pub mod rope;
 pub mod scratch;
 mod simd;
 pub mod strided;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 pub mod weights;
 
 pub use arena::{ALIGN_ELEMENTS, Arena};

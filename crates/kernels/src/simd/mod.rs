@@ -350,6 +350,12 @@ pub(crate) fn has_pairs() -> bool {
     false
 }
 
+/// The matrix units of this processor, where it has them and multiplies pairs of bf16 otherwise too.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn matrix_unit() -> Option<crate::tiles::Unit> {
+    if has_pairs() { crate::tiles::unit() } else { None }
+}
+
 /// As [`dispatch`], for a kernel of pairs of bf16: with the portable set where the processor has none, for tests alone.
 #[inline]
 pub(crate) fn dispatch_pairs<K: Kernel>(kernel: K) -> K::Out {

@@ -22,11 +22,11 @@ const FEW: usize = 3;
 /// Tiles that share a pass over a panel of weights, at least.
 const TILES: usize = 8;
 /// Pixels whose windows are looked up together.
-const BLOCK: usize = 8 * TALL;
+pub(super) const BLOCK: usize = 8 * TALL;
 /// Arithmetic a chunk should have before another one is worth claiming.
 const CHUNK_FLOPS: usize = 400_000;
 /// Bytes of weights from which they come from memory, or from the last cache.
-const LARGE: usize = 1 << 20;
+pub(super) const LARGE: usize = 1 << 20;
 /// Arithmetic below which waking a thread costs more than it saves.
 const LEAST_FLOPS: usize = 60_000;
 
@@ -40,7 +40,7 @@ pub(super) struct Runs {
 }
 
 impl Runs {
-    fn depth(&self) -> usize {
+    pub(super) fn depth(&self) -> usize {
         self.rows * self.columns * self.len
     }
 }
@@ -405,6 +405,10 @@ impl<'a> Part<'a> {
     /// Computes it, in pairs of bf16 where `PAIRS`.
     pub(super) fn run<const PAIRS: bool>(self) {
         if PAIRS {
+            #[cfg(target_arch = "x86_64")]
+            if let Some(unit) = crate::simd::matrix_unit() {
+                return dispatch_pairs(super::tiles::ByTiles { part: self, unit });
+            }
             dispatch_pairs(Tiles::<true>(self));
         } else {
             dispatch(Tiles::<false>(self));

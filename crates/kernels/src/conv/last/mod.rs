@@ -9,6 +9,8 @@ mod depthwise;
 mod direct;
 mod epilogue;
 mod packed;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 mod winograd;
 
 pub use packed::PackedConv;
