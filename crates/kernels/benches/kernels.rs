@@ -265,6 +265,7 @@ fn attention_9_heads(bencher: Bencher<'_, '_>, (s, t): (usize, usize)) {
             v: Operand::F16(View::new(&cache, 0, &kv_shape, &ks[..3]).expect("dense")),
             mask: View::new(&mask, 0, &m_shape, &ms[..3]),
             scale: 0.125,
+            arithmetic: Arithmetic::F32,
         };
         let y = ViewMut::new(&mut y, 0, &q_shape, &qs[..3]).expect("dense");
         attention(&pool, &call, y, &mut scratch);

@@ -18,6 +18,9 @@ const DEPTH: usize = 256;
 /// Decoded rows begin at multiples of this, so that their addresses differ by a number that the innermost kernel knows.
 const APART: usize = DEPTH + 16;
 
+/// Matrix units read rows of pairs up to a multiple of this.
+pub(crate) const WHOLE: usize = 16;
+
 /// Side of the squares that are turned in registers; panels are a multiple of it wide.
 pub(crate) const SQUARE: usize = 8;
 
@@ -50,7 +53,8 @@ pub enum Arithmetic {
 /// Where rows come from.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Rows<'a> {
-    /// `f32` rows, `stride` elements apart, dense along `k`.
+    /// `f32` rows, `stride` elements apart, dense along `k`. In pairs they are rounded already; what lies behind them up to a multiple of
+    /// [`WHOLE`] may be read, and meets zeros.
     Dense { first: Shared<f32>, stride: isize },
     /// Decoded when needed.
     Stored(&'a Weights),
@@ -159,7 +163,7 @@ impl Gemm<'_> {
             match self.rows {
                 Rows::Dense { first, stride } => {
                     let first = first.at(rows.start as isize * stride + start as isize);
-                    dispatch(Dense(Block {
+                    dispatch(Dense::<false>(Block {
                         first: first.cast_const(),
                         stride,
                         ..block
@@ -187,22 +191,16 @@ impl Gemm<'_> {
         while start < all {
             let depth = most.min(all - start);
             let count = (2 * depth).min(self.k - 2 * start);
-            let (weights, row, column) = match self.rows {
-                Rows::Dense { .. } => unreachable!("rows of pairs are rounded"),
-                Rows::Stored(weights) => (weights, 0, 0),
-                Rows::Part { weights, first } => (weights, first.0, first.1),
+            let decoded = match self.rows {
+                Rows::Dense { .. } => None,
+                Rows::Stored(weights) => Some((weights, 0, 0)),
+                Rows::Part { weights, first } => Some((weights, first.0, first.1)),
             };
-            for (row, to) in (row + rows.start..row + rows.end).zip(space.chunks_exact_mut(APART)) {
-                let to = bytemuck::cast_slice_mut(&mut to[..depth]);
-                weights.decode_pairs(row, column + 2 * start, count, to);
-            }
-            #[cfg(target_arch = "x86_64")]
-            let unit = matrix_unit();
-            #[cfg(target_arch = "x86_64")]
-            if unit.is_some() {
-                // Matrix units take whole chunks.
-                for row in space.chunks_exact_mut(APART).take(rows.len()) {
-                    row[depth..depth.next_multiple_of(SIDE)].fill(0.0);
+            if let Some((weights, row, column)) = decoded {
+                for (row, to) in (row + rows.start..row + rows.end).zip(space.chunks_exact_mut(APART)) {
+                    let (to, zeros) = to[..depth.next_multiple_of(WHOLE)].split_at_mut(depth);
+                    weights.decode_pairs(row, column + 2 * start, count, bytemuck::cast_slice_mut(to));
+                    zeros.fill(0.0);
                 }
             }
             let next = 2 * (start + depth);
@@ -225,13 +223,26 @@ impl Gemm<'_> {
                 add: start > 0,
                 c: &mut *c,
             };
+            let block = match self.rows {
+                Rows::Dense { first, stride } => Block {
+                    first: first
+                        .at(rows.start as isize * stride + start as isize)
+                        .cast_const(),
+                    stride,
+                    ..block
+                },
+                Rows::Stored(_) | Rows::Part { .. } => block,
+            };
             start += depth;
             #[cfg(target_arch = "x86_64")]
-            if let Some(unit) = unit {
+            if let Some(unit) = matrix_unit() {
                 dispatch_pairs(ByTiles(block, unit));
                 continue;
             }
-            dispatch_pairs(Decoded::<true>(block));
+            match self.rows {
+                Rows::Dense { .. } => dispatch_pairs(Dense::<true>(block)),
+                Rows::Stored(_) | Rows::Part { .. } => dispatch_pairs(Decoded::<true>(block)),
+            }
         }
     }
 }
@@ -251,18 +262,18 @@ struct Block<'a> {
     c: &'a mut [f32],
 }
 
-/// Rows that lie anywhere.
-struct Dense<'a>(Block<'a>);
+/// Rows that lie anywhere; their elements are pairs of bf16 where `PAIRS`.
+struct Dense<'a, const PAIRS: bool>(Block<'a>);
 
 /// Rows that lie [`APART`]; their elements are pairs of bf16 where `PAIRS`.
 struct Decoded<'a, const PAIRS: bool>(Block<'a>);
 
-impl Kernel for Dense<'_> {
+impl<const PAIRS: bool> Kernel for Dense<'_, PAIRS> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let stride = self.0.stride;
-        self.0.run::<S, false, false>(s, stride);
+        self.0.run::<S, PAIRS, false>(s, stride);
     }
 }
 
@@ -274,7 +285,7 @@ impl<const PAIRS: bool> Kernel for Decoded<'_, PAIRS> {
     }
 }
 
-/// [`Decoded`] pairs by matrix units: rows are zeros up to a whole chunk.
+/// Rows of pairs by matrix units.
 #[cfg(target_arch = "x86_64")]
 struct ByTiles<'a>(Block<'a>, Unit);
 

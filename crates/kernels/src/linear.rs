@@ -242,7 +242,7 @@ pub fn linear_many(
 fn chunk_rows(pool: &Pool, layer: &Layer<'_>, tokens: usize, total_bytes: usize) -> usize {
     let twice = if layer.up.is_some() { 2 } else { 1 };
     let row_bytes = (layer.w.bytes() * twice / layer.w.rows().max(1)).max(1);
-    let least = (CHUNK_BYTES / tokens.max(1)).max(total_bytes / (pool.threads() * 5));
+    let least = (CHUNK_BYTES / tokens.max(1)).max(total_bytes / (pool.threads() * 3));
     (least / row_bytes).max(1).next_multiple_of(8)
 }
 

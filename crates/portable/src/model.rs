@@ -320,7 +320,11 @@ impl Model {
 
     fn optimize(&self, graph: Graph) -> Graph {
         if self.shared.options.passes && !self.faithful() {
-            passes::optimize(graph, self.shared.pool.threads())
+            passes::optimize(
+                graph,
+                self.lower_options().arithmetic(),
+                self.shared.pool.threads(),
+            )
         } else if self.shared.options.every_value {
             passes::every_value(passes::clean(graph))
         } else {

@@ -120,7 +120,7 @@ const CASES: &[Case] = &[
             tensor<fp16, [4, 3, 8]> mixed = matmul(transpose_x = bool(false), transpose_y = bool(false), x = flat, y = v3);
             tensor<fp16, [1, 4, 3, 8]> y = reshape(shape = tensor<int32, [4]>([1, 4, 3, 8]), x = mixed);
         } -> (y);",
-        expect: &["Attention { scale: 0.35351563 }"],
+        expect: &["Attention { scale: 0.35351563, arithmetic: F32 }"],
         gone: &["MatMul", "Softmax", "Broadcast"],
     },
     Case {
@@ -139,7 +139,7 @@ const CASES: &[Case] = &[
             tensor<fp16, [1, 3, 2, 4]> back = transpose(perm = tensor<int32, [4]>([0, 2, 1, 3]), x = mixed);
             tensor<fp16, [1, 3, 8]> y = reshape(shape = tensor<int32, [3]>([1, 3, 8]), x = back);
         } -> (y);",
-        expect: &["Attention { scale: 0.5 }"],
+        expect: &["Attention { scale: 0.5, arithmetic: F32 }"],
         gone: &["MatMul", "Softmax", "BinaryNode"],
     },
     Case {

@@ -5,13 +5,16 @@
 
 mod few;
 mod many;
+mod pack;
 
 pub(crate) use few::{few_rows, softmax};
 
+use crate::gemm::Arithmetic;
 use crate::loops::Shared;
 use crate::matmul::{Operand, Source};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
+use crate::simd::has_pairs;
 use crate::strided::{View, ViewMut};
 use smallvec::SmallVec;
 use std::cell::RefCell;
@@ -41,6 +44,8 @@ pub struct Attention<'a> {
     pub mask: Option<View<'a, f32>>,
     /// Multiplies the scores before the mask is added.
     pub scale: f32,
+    /// How sums are made when there are many queries; few are always multiplied in 32 bits.
+    pub arithmetic: Arithmetic,
 }
 
 /// A checked call: sizes, steps, and first elements.
@@ -58,6 +63,8 @@ struct Call {
     mask: Option<(Shared<f32>, [isize; 3])>,
     y: (Shared<f32>, [isize; 3]),
     scale: f32,
+    /// Many queries are multiplied in pairs of bf16.
+    pairs: bool,
 }
 
 /// `y[h, s] = softmax_t(scale * q[h, s] . k[h, t] + mask[h, s, t]) . v[h, t]`, `y` is `[H, S, Dv]`.
@@ -131,6 +138,7 @@ impl Call {
             mask,
             y: (Shared(y.ptr()), steps(y.strides())),
             scale: call.scale,
+            pairs: call.arithmetic == Arithmetic::Bf16 && has_pairs(),
         }
     }
 
@@ -197,74 +205,6 @@ impl Call {
         });
         runs
     }
-
-    /// Copies the visible rows of keys or values of one head into `out`, element `[i, d]` at `i * to[0] + d * to[1]`.
-    fn pack(&self, keys: bool, head: usize, runs: &[Range<usize>], to: [usize; 2], out: &mut [f32]) {
-        let ((source, steps), size) = if keys {
-            (self.k, self.size)
-        } else {
-            (self.v, self.v_size)
-        };
-        if let (Source::F32(p), 1, 1) = (source, steps[2], to[0]) {
-            let p = p.at(head as isize * steps[0]).cast_const();
-            // SAFETY: the visible rows of the operand.
-            return unsafe { transposed(p, steps[1], size, runs, to[1], out) };
-        }
-        for (i, t) in runs.iter().cloned().flatten().enumerate() {
-            let base = head as isize * steps[0] + t as isize * steps[1];
-            if steps[2] == 1 && to[1] == 1 {
-                let out = &mut out[i * to[0]..][..size];
-                match source {
-                    Source::F32(p) => {
-                        // SAFETY: a row of the operand.
-                        let row = unsafe { std::slice::from_raw_parts(p.at(base).cast_const(), size) };
-                        out.copy_from_slice(row);
-                    }
-                    Source::F16(p) => {
-                        // SAFETY: a row of the operand.
-                        let row = unsafe { std::slice::from_raw_parts(p.at(base).cast_const(), size) };
-                        crate::copy::f16_to_f32(row, out);
-                    }
-                }
-                continue;
-            }
-            for d in 0..size {
-                // SAFETY: inside the operand's shape.
-                out[i * to[0] + d * to[1]] = unsafe { source.get(base + d as isize * steps[2]) };
-            }
-        }
-    }
-}
-
-/// Rows `runs` of `size` numbers, `step` apart, as columns of lines of `line` numbers: whole pieces of a line are written at once.
-///
-/// # Safety
-/// The rows are readable.
-unsafe fn transposed(
-    x: *const f32,
-    step: isize,
-    size: usize,
-    runs: &[Range<usize>],
-    line: usize,
-    out: &mut [f32],
-) {
-    /// Rows that become one piece of every line.
-    const PIECE: usize = 8;
-    let mut at = 0;
-    for run in runs {
-        let mut t = run.start;
-        while t < run.end {
-            let count = PIECE.min(run.end - t);
-            let rows: [*const f32; PIECE] =
-                std::array::from_fn(|i| x.wrapping_offset((t + i.min(count - 1)) as isize * step));
-            for d in 0..size {
-                // SAFETY: every pointer is to a row that is there.
-                let piece = rows.map(|row| unsafe { *row.add(d) });
-                out[d * line + at..][..count].copy_from_slice(&piece[..count]);
-            }
-            (at, t) = (at + count, t + count);
-        }
-    }
 }
 
 #[cfg(test)]
@@ -280,7 +220,7 @@ mod tests {
         fn attention_agrees_with_its_definition(
             kv_heads in 1_usize..4, group in 1_usize..5, queries in 1_usize..40, keys in 1_usize..90,
             size in 1_usize..70, layout in 0_usize..4, masking in 0_usize..4, narrow in any::<bool>(),
-            seed in any::<u64>(),
+            bf16 in any::<bool>(), seed in any::<u64>(),
         ) {
             let mut seed = seed;
             let heads = kv_heads * group;
@@ -313,10 +253,12 @@ mod tests {
                 v: operand(View::new(&v, 0, &v_shape, &vs).unwrap(), View::new(&v_wide, 0, &v_shape, &vs).unwrap()),
                 mask: (masking < 3).then(|| View::new(&mask, 0, &m_shape, &mstr).unwrap()),
                 scale: 0.3,
+                arithmetic: if bf16 { Arithmetic::Bf16 } else { Arithmetic::F32 },
             };
             let mut y = vec![f32::NAN; heads * queries * v_size];
             let pool = Pool::new(2);
             attention(&pool, &call, ViewMut::new(&mut y, 0, &y_shape, &ys).unwrap(), &mut Scratch::new());
+            let in_pairs = bf16 && queries > FEW_QUERIES && has_pairs();
             let at = |s: [isize; 3], i: [usize; 3]| (0..3).map(|n| s[n] * i[n] as isize).sum::<isize>() as usize;
             for h in 0..heads {
                 for s in 0..queries {
@@ -335,7 +277,9 @@ mod tests {
                             .sum();
                         let expected = if max.is_finite() { total / sum } else { 0.0 };
                         let found = f64::from(y[at(ys, [h, s, d])]);
-                        prop_assert!((found - expected).abs() < 2e-5, "[{h}, {s}, {d}] {found} is not {expected}");
+                        // Factors of 8 bits make scores err by hundredths, and weights with them.
+                        let bound = if in_pairs { 0.05 } else { 2e-5 };
+                        prop_assert!((found - expected).abs() < bound, "[{h}, {s}, {d}] {found} is not {expected}");
                     }
                 }
             }

@@ -3,7 +3,7 @@
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod fixed;
 
-use crate::simd::{Kernel, Simd, dispatch};
+use crate::simd::{Kernel, Memory, Simd, dispatch, memory};
 use crate::weights::{Storage, Weights};
 use half::f16;
 use std::cell::RefCell;
@@ -286,10 +286,10 @@ impl<T: Stored> Kernel for Dot<'_, T> {
         assert_eq!(self.w.len(), cols * self.out.len(), "dot: rows and columns");
         let mut row = 0;
         if cols >= LONG {
-            row = if S::LANES == 16 {
-                self.streams::<S, 1, 4>(s, 3584)
-            } else {
-                self.streams::<S, 4, 2>(s, 512)
+            row = match memory() {
+                Memory::OneStream => self.streams::<S, 1, 4, false>(s, 3584),
+                Memory::TwoStreams => self.streams::<S, 2, 4, true>(s, 1024),
+                Memory::FourStreams => self.streams::<S, 4, 2, false>(s, 512),
             };
         }
         while row + 4 <= self.out.len() {
@@ -305,22 +305,24 @@ impl<T: Stored> Kernel for Dot<'_, T> {
     }
 }
 
-/// Rows from this length on come from memory as fast as it gives them when what follows is asked for early. With AVX2 (measured on
-/// Zen 3), rows that lie far apart do better: a processor waits for a few lines of one stream at a time, and neighbouring rows
-/// are one stream. With AVX-512 (measured on Zen 5), one stream asked for nearly a page early reads a quarter more than four.
+/// Rows from this length on come from memory as fast as it gives them when what follows is asked for early.
 const LONG: usize = 256;
 
 impl<T: Stored> Dot<'_, T> {
-    /// Multiplies most rows, `R` far apart side by side in `A` sums each, asking memory for what lies `ahead` bytes behind; gives
-    /// how many it did, the first ones.
+    /// Multiplies most rows, `R` far apart side by side in `A` sums each, asking memory for what lies `ahead` bytes behind, where
+    /// `SECOND` to the second cache; gives how many it did, the first ones.
     #[inline(always)]
-    fn streams<S: Simd, const R: usize, const A: usize>(&mut self, s: S, ahead: usize) -> usize {
+    fn streams<S: Simd, const R: usize, const A: usize, const SECOND: bool>(
+        &mut self,
+        s: S,
+        ahead: usize,
+    ) -> usize {
         let cols = self.x.len();
         let each = self.out.len() / R;
         for at in 0..each {
             let first = |stream: usize| stream * each + at;
             let rows = std::array::from_fn(|r| &self.w[first(r) * cols..(first(r) + 1) * cols]);
-            let sums = dot_streams::<S, T, R, A>(s, rows, self.x, ahead);
+            let sums = dot_streams::<S, T, R, A, SECOND>(s, rows, self.x, ahead);
             for (stream, sum) in sums.into_iter().enumerate() {
                 self.out[first(stream)] = sum;
             }
@@ -331,7 +333,7 @@ impl<T: Stored> Dot<'_, T> {
 
 /// `w[r] . x` for rows that lie far apart.
 #[inline(always)]
-fn dot_streams<S: Simd, T: Stored, const R: usize, const A: usize>(
+fn dot_streams<S: Simd, T: Stored, const R: usize, const A: usize, const SECOND: bool>(
     s: S,
     w: [&[T]; R],
     x: &[f32],
@@ -345,7 +347,11 @@ fn dot_streams<S: Simd, T: Stored, const R: usize, const A: usize>(
         for w in w {
             let at = w.as_ptr().wrapping_add(c).cast::<u8>();
             for line in (0..4 * S::LANES * size_of::<T>()).step_by(64) {
-                s.prefetch(at.wrapping_add(ahead + line));
+                if SECOND {
+                    s.prefetch_second(at.wrapping_add(ahead + line));
+                } else {
+                    s.prefetch(at.wrapping_add(ahead + line));
+                }
             }
         }
         for n in 0..4 {

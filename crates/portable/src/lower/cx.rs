@@ -38,13 +38,7 @@ impl<'a, 'm> OpCx<'a, 'm> {
 
     /// How sums of products are made.
     pub fn arithmetic(&self) -> Arithmetic {
-        if self.faithful() {
-            Arithmetic::InOrder
-        } else if self.low.options.fast {
-            Arithmetic::Bf16
-        } else {
-            Arithmetic::F32
-        }
+        self.low.options.arithmetic()
     }
 
     /// Number of the operation set that the program is written in: 5 for iOS 15, 7 for iOS 17.

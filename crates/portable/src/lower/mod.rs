@@ -20,7 +20,7 @@ use crate::item::Item;
 use crate::layout::{Shape, checked_elements};
 use crate::op::OpSpec;
 use crate::ops;
-use candle_coreml_kernels::Pool;
+use candle_coreml_kernels::{Arithmetic, Pool};
 use candle_coreml_mil as mil;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -38,6 +38,19 @@ pub struct LowerOptions {
     pub pool: Arc<Pool>,
     /// Weights of the file that were read before.
     pub constants: Arc<Constants>,
+}
+
+impl LowerOptions {
+    /// How sums of products are made.
+    pub fn arithmetic(&self) -> Arithmetic {
+        if self.faithful {
+            Arithmetic::InOrder
+        } else if self.fast {
+            Arithmetic::Bf16
+        } else {
+            Arithmetic::F32
+        }
+    }
 }
 
 /// A function lowered as one graph, or what stands in the way.

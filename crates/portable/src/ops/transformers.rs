@@ -7,7 +7,7 @@ use crate::lower::OpCx;
 use crate::op::{Args, In, Op, OpSpec, Support, opt, req};
 use crate::ops::broadcast_shape;
 use crate::ops::linear::{batch, layout_of};
-use candle_coreml_kernels::{self as kernels, Operand};
+use candle_coreml_kernels::{self as kernels, Arithmetic, Operand};
 use candle_coreml_mil::DType;
 
 /// `softmax(scale * q kᵀ + mask) v` for `q [.., H, S, D]`, `k, v [.., Hkv, T, D]`, H a multiple of Hkv, an optional mask that
@@ -18,6 +18,8 @@ use candle_coreml_mil::DType;
 pub struct Attention {
     /// Multiplies the scores.
     pub scale: f32,
+    /// How sums are made when there are many queries.
+    pub arithmetic: Arithmetic,
 }
 
 fn operand<'a>(input: &In<'a>, l: &'a Layout) -> OpResult<Operand<'a>> {
@@ -98,6 +100,7 @@ impl Op for Attention {
                 v: operand(&v, &bv)?,
                 mask,
                 scale: self.scale,
+                arithmetic: self.arithmetic,
             };
             let out = kernels::ViewMut::new(y, by.offset, &by.shape, &by.strides).ok_or(bad)?;
             kernels::attention(args.pool, &call, out, args.scratch);
@@ -166,7 +169,8 @@ fn lower_attention(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
     let mut shape = batch_shape;
     shape.extend_from_slice(&[sq[lead], sv[rank - 1]]);
     let scale = 1.0 / (d as f32).sqrt();
-    let mut y = cx.emit(Attention { scale }, &inputs, dtype, &shape)?;
+    let arithmetic = cx.arithmetic();
+    let mut y = cx.emit(Attention { scale, arithmetic }, &inputs, dtype, &shape)?;
     if declared_rank == 3 {
         shape.remove(1);
         y = cx.reshape(y, &shape)?;

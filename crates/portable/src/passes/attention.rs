@@ -8,12 +8,12 @@ use crate::ops::linear::MatMul;
 use crate::ops::normalization::Softmax;
 use crate::ops::transformers::Attention;
 use crate::ops::view::View;
-use candle_coreml_kernels::Binary;
+use candle_coreml_kernels::{Arithmetic, Binary};
 use std::sync::Arc;
 
 /// Recognises `softmax(q kᵀ * scale + mask) v`.
-pub fn fuse(graph: Graph) -> Graph {
-    let graph = rewrite(graph, |r, node| spelled(r, node).is_some());
+pub fn fuse(graph: Graph, arithmetic: Arithmetic) -> Graph {
+    let graph = rewrite(graph, |r, node| spelled(r, node, arithmetic).is_some());
     rewrite(graph, |r, node| ungroup_inputs(r, node).is_some())
 }
 
@@ -63,7 +63,7 @@ impl Keys {
     }
 }
 
-fn spelled(r: &mut Rewriter, node: &Node) -> Option<()> {
+fn spelled(r: &mut Rewriter, node: &Node, arithmetic: Arithmetic) -> Option<()> {
     as_op::<MatMul>(node)?;
     let (weights, v) = (node.inputs[0], node.inputs[1]);
     let (_, softmax) = r.find::<Softmax>(through_reshape(r, weights))?;
@@ -91,7 +91,10 @@ fn spelled(r: &mut Rewriter, node: &Node) -> Option<()> {
     let mut shape: Shape = sq[..rank - 1].into();
     shape.push(size);
     let out = node.outputs[0];
-    let op = Attention { scale: scores.scale };
+    let op = Attention {
+        scale: scores.scale,
+        arithmetic,
+    };
     if r.shape(out) == shape {
         r.replace(node, Arc::new(op), &inputs);
     } else {

@@ -12,16 +12,17 @@ mod views;
 
 use crate::graph::{Graph, Node, Source};
 use crate::plan::Copy;
+use candle_coreml_kernels::Arithmetic;
 use std::sync::Arc;
 
-/// All passes, in order, for a machine of `threads`.
-pub fn optimize(graph: Graph, threads: usize) -> Graph {
+/// All passes, in order, for a machine of `threads`; what they make sums products by `arithmetic`.
+pub fn optimize(graph: Graph, arithmetic: Arithmetic, threads: usize) -> Graph {
     let graph = views::simplify(clean(graph));
-    let graph = norm::rms_norm(arithmetic::simplify(graph));
+    let graph = norm::rms_norm(self::arithmetic::simplify(graph));
     let graph = norm::softmax(graph);
     let graph = group::fuse(graph);
     let graph = rotary::fuse(graph);
-    let graph = attention::fuse(graph);
+    let graph = attention::fuse(graph, arithmetic);
     let graph = views::simplify(graph);
     // One step passes one view; sequences have a permutation and a reshape.
     let graph = views::simplify(views::sink(graph));
