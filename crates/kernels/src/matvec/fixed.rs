@@ -32,6 +32,9 @@ pub(crate) enum Order {
     Sixes,
     /// As they are, for integers of 8 bits.
     Bytes,
+    /// Of indices of 4 bits that are looked up where they lie: every fourth column of two blocks, beginning with the first, the second,
+    /// the third and the fourth.
+    Quads,
 }
 
 /// A vector in fixed point: `values` are whole blocks, the last one filled up with zeros.
@@ -220,7 +223,8 @@ fn quantise_block(x: &[f32; BLOCK], order: Order, scale: &mut f32, values: &mut 
         _mm256_permute4x64_epi64::<0b11_01_10_00>(packed)
     };
     let ordered = match order {
-        Order::Bytes => [pack(0), pack(2), pack(4), pack(6)],
+        // The last comes after the others, for two blocks together.
+        Order::Bytes | Order::Quads => [pack(0), pack(2), pack(4), pack(6)],
         Order::Sixes => {
             let (a, b, c, d) = (pack(0), pack(2), pack(4), pack(6));
             [

@@ -14,13 +14,16 @@ thread_local! {
     static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
+/// Orders of values in fixed point.
+const ORDERS: usize = 4;
+
 /// A vector prepared for every storage among the matrices it meets.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Prepared<'a> {
     pub x: &'a [f32],
     /// In fixed point, per order.
     #[cfg(target_arch = "x86_64")]
-    pub fixed: [Option<fixed::FixedX<'a>>; 3],
+    pub fixed: [Option<fixed::FixedX<'a>>; ORDERS],
 }
 
 /// `x` for storages that take it as it is.
@@ -28,19 +31,19 @@ pub(crate) fn unprepared(x: &[f32]) -> Prepared<'_> {
     Prepared {
         x,
         #[cfg(target_arch = "x86_64")]
-        fixed: [None; 3],
+        fixed: [None; ORDERS],
     }
 }
 
-/// Numbers of `f32` that a fixed form needs for a vector of `cols`: scales, values of half the size, and sums.
+/// Numbers of `f32` that a fixed form needs for a vector of `cols`: scales, values of half the size, and sums; an even number of blocks.
 fn fixed_len(cols: usize) -> usize {
-    let blocks = cols.div_ceil(64);
+    let blocks = cols.div_ceil(64).next_multiple_of(2);
     blocks.next_multiple_of(16) + blocks * 32 + (2 * blocks).next_multiple_of(16)
 }
 
 /// Numbers of `f32` that [`prepare`] needs for a vector of `cols`.
 pub(crate) fn prepared_len(cols: usize) -> usize {
-    3 * fixed_len(cols)
+    ORDERS * fixed_len(cols)
 }
 
 /// Makes the forms of `x` that `weights` want, in `space`.
@@ -50,7 +53,7 @@ pub(crate) fn prepare<'a>(x: &'a [f32], weights: &[&Weights], space: &'a mut [f3
         use fixed::Order;
         let mut prepared = unprepared(x);
         let mut parts = space.chunks_exact_mut(fixed_len(x.len()).max(1));
-        for order in [Order::Nibbles, Order::Sixes, Order::Bytes] {
+        for order in [Order::Nibbles, Order::Sixes, Order::Bytes, Order::Quads] {
             if let Some(space) = parts.next()
                 && weights.iter().any(|w| order_of(w) == Some(order))
             {
@@ -70,10 +73,10 @@ pub(crate) fn prepare<'a>(x: &'a [f32], weights: &[&Weights], space: &'a mut [f3
 #[cfg(target_arch = "x86_64")]
 fn order_of(w: &Weights) -> Option<fixed::Order> {
     match w.storage() {
-        Storage::Lut(lut) if lut.fixed.is_some() => Some(if lut.bits == 4 {
-            fixed::Order::Nibbles
-        } else {
-            fixed::Order::Sixes
+        Storage::Lut(lut) if lut.fixed.is_some() => Some(match lut.bits {
+            4 if fixed::wide::takes_quads(lut.col_group, lut.cols) => fixed::Order::Quads,
+            4 => fixed::Order::Nibbles,
+            _ => fixed::Order::Sixes,
         }),
         Storage::Affine(affine) if affine.block_shift.is_some() => Some(if affine.bits == 4 {
             fixed::Order::Nibbles
@@ -91,14 +94,20 @@ fn fix<'a>(x: &[f32], order: fixed::Order, space: &'a mut [f32]) -> Option<fixed
     }
     let blocks = x.len().div_ceil(fixed::BLOCK);
     let (scales, rest) = space.split_at_mut(blocks.next_multiple_of(16));
-    let (values, sums) = rest.split_at_mut(blocks * fixed::BLOCK / 2);
+    let (values, sums) = rest.split_at_mut(blocks.next_multiple_of(2) * fixed::BLOCK / 2);
     let values: &mut [i16] = bytemuck::cast_slice_mut(values);
     // SAFETY: the instructions were found just now.
     let finite = unsafe { fixed::quantise(x, order, scales, values) };
     if !finite {
         return None;
     }
-    fixed::sum_halves(order, scales, values, sums);
+    if order == fixed::Order::Quads {
+        values[blocks * fixed::BLOCK..].fill(0);
+        // SAFETY: the order is asked for where the instructions are; the values are pairs of blocks.
+        unsafe { fixed::wide::to_quads(values) };
+    } else {
+        fixed::sum_halves(order, scales, values, sums);
+    }
     Some(fixed::FixedX { scales, values, sums })
 }
 
@@ -112,8 +121,7 @@ pub(crate) fn dot(w: &Weights, x: &Prepared<'_>, rows: Range<usize>, out: &mut [
     #[cfg(target_arch = "x86_64")]
     if let Some(fixed) = order_of(w).and_then(|order| x.fixed[order as usize]) {
         match w.storage() {
-            Storage::Lut(lut) if lut.bits == 4 => return lut_dot::<4>(lut, fixed, rows, out),
-            Storage::Lut(lut) => return lut_dot::<6>(lut, fixed, rows, out),
+            Storage::Lut(lut) => return lut_dot(lut, fixed, rows, out),
             Storage::Affine(affine) => return int_dot(affine, fixed, rows, out),
             _ => {}
         }
@@ -147,18 +155,15 @@ pub(crate) fn dot(w: &Weights, x: &Prepared<'_>, rows: Range<usize>, out: &mut [
     }
 }
 
-/// Rows `rows` of a palettised matrix in fixed point, as many at once as share a table.
+/// Rows `rows` of a palettised matrix in fixed point, as many at once as share a table. `x` is in the order that [`order_of`] gives.
 #[cfg(target_arch = "x86_64")]
-fn lut_dot<const BITS: usize>(
-    lut: &crate::weights::Lut,
-    x: fixed::FixedX<'_>,
-    rows: Range<usize>,
-    out: &mut [f32],
-) {
+fn lut_dot(lut: &crate::weights::Lut, x: fixed::FixedX<'_>, rows: Range<usize>, out: &mut [f32]) {
+    use fixed::wide;
     let Some(tables) = lut.fixed.as_ref() else { return };
-    let stride = lut.cols * BITS / 8;
-    let entries = 2 << BITS;
-    let wide = fixed::wide::there();
+    let bits = lut.bits as usize;
+    let (stride, entries) = (lut.cols * bits / 8, 2 << bits);
+    let quads = bits == 4 && wide::takes_quads(lut.col_group, lut.cols);
+    let sixes = bits == 6 && wide::there();
     out.fill(0.0);
     for segment in 0..lut.col_groups {
         let first = segment * lut.col_group;
@@ -174,35 +179,59 @@ fn lut_dot<const BITS: usize>(
             let count = (rows.end - row).min((group + 1) * lut.row_group - row);
             let table = group * lut.col_groups + segment;
             let planes = &tables.planes[table * entries..(table + 1) * entries];
-            let bytes = &lut.indices[row * stride + first * BITS / 8..(row + count) * stride];
+            let bytes = &lut.indices[row * stride + first * bits / 8..(row + count) * stride];
             let scale = tables.scales[table];
             let out = &mut out[row - rows.start..row - rows.start + count];
             let mut done = 0;
             while done < count {
                 let at = bytes[done * stride..].as_ptr();
-                // SAFETY: fixed tables exist only where AVX2 does and rows are whole bytes; `bytes` holds the rows up
-                // to `count`, from column `first` on; `x` was made for all columns of the matrix.
-                unsafe {
-                    if count - done >= 4 {
-                        let sums = if wide {
-                            fixed::wide::dot_rows::<BITS, 4>(at, stride, cols, planes, x)
-                        } else {
-                            fixed::dot_rows::<BITS, 4>(at, stride, cols, planes, x)
-                        };
-                        out[done..done + 4]
-                            .iter_mut()
-                            .zip(sums)
-                            .for_each(|(out, sum)| *out += sum * scale);
-                        done += 4;
-                    } else {
-                        let [sum] = if wide {
-                            fixed::wide::dot_rows::<BITS, 1>(at, stride, cols, planes, x)
-                        } else {
-                            fixed::dot_rows::<BITS, 1>(at, stride, cols, planes, x)
-                        };
-                        out[done] += sum * scale;
-                        done += 1;
+                let add = |out: &mut [f32], sums: &[f32]| {
+                    for (out, sum) in out.iter_mut().zip(sums) {
+                        *out += sum * scale;
                     }
+                };
+                let out = &mut out[done..];
+                // SAFETY: fixed tables exist only where AVX2 does and rows are whole bytes; `bytes` holds the rows up to `count`, from
+                // column `first` on; `x` was made for all columns of the matrix.
+                unsafe {
+                    done += match (count - done, quads, sixes) {
+                        (8.., true, _) => {
+                            add(out, &wide::dot_quads::<8>(at, stride, cols, planes, x));
+                            8
+                        }
+                        (4.., true, _) => {
+                            add(out, &wide::dot_quads::<4>(at, stride, cols, planes, x));
+                            4
+                        }
+                        (_, true, _) => {
+                            add(out, &wide::dot_quads::<1>(at, stride, cols, planes, x));
+                            1
+                        }
+                        (4.., _, true) => {
+                            add(out, &wide::dot_sixes::<4>(at, stride, cols, planes, x));
+                            4
+                        }
+                        (_, _, true) => {
+                            add(out, &wide::dot_sixes::<1>(at, stride, cols, planes, x));
+                            1
+                        }
+                        (4.., ..) if bits == 4 => {
+                            add(out, &fixed::dot_rows::<4, 4>(at, stride, cols, planes, x));
+                            4
+                        }
+                        (4.., ..) => {
+                            add(out, &fixed::dot_rows::<6, 4>(at, stride, cols, planes, x));
+                            4
+                        }
+                        _ if bits == 4 => {
+                            add(out, &fixed::dot_rows::<4, 1>(at, stride, cols, planes, x));
+                            1
+                        }
+                        _ => {
+                            add(out, &fixed::dot_rows::<6, 1>(at, stride, cols, planes, x));
+                            1
+                        }
+                    };
                 }
             }
             row += count;
