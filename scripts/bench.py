@@ -203,7 +203,7 @@ def turns(mine, other, request, rounds):
 
 
 def language(bundles, program, models, rounds):
-    rows, decode = [], None
+    rows = []
     for work, name, kind, request, wanted, floor in LANGUAGE + (LANGUAGE_FAST if FAST else []):
         mine = ours(bundles, name, *(["fast"] if "`fast`" in work else []))
         other = theirs(program, models, kind)
@@ -215,21 +215,27 @@ def language(bundles, program, models, rounds):
         speed = lambda ns: tokens * 1e9 / statistics.median(ns)  # noqa: E731
         values = f"{speed(a):.0f} tokens/s", f"llama.cpp {kind}", f"{speed(b):.0f} tokens/s"
         rows.append((work, *values, ratio, wanted, floor, spread(a)))
-        decode = decode or speed(a)
         print(line(rows[-1]), flush=True)
-    rows.append(read_share(bundles, decode))
+    rows.append(read_share(bundles, rounds))
     print(line(rows[-1]), flush=True)
     return rows
 
 
-def read_share(bundles, decode):
-    """Bytes of weights that decoding reads in a second, over what this machine reads."""
+def read_share(bundles, rounds):
+    """Bytes of weights that decoding reads in a second, over what this machine reads at the time: other work on it takes its part."""
     files = {f: f.stat().st_size for f in (bundles / "fp16").rglob("weight.bin")}
     # The table of embeddings is looked up, not read.
     weights = sum(size for f, size in files.items() if "embeddings" not in str(f))
-    used = weights * decode / 1e9
-    best = max(float(line) for line in run(RELEASE / "examples/bandwidth", THREADS).split())
-    return "decode, share of read bandwidth", f"{used:.1f} GB/s", "the machine", f"{best:.1f} GB/s", used / best, 0.80, 0.70, 0.0
+    mine, found = ours(bundles, "fp16"), []
+    mine.ask("decode 64 0")
+    for _ in range(rounds):
+        used = weights * 64 / int(mine.ask("decode 64 0"))
+        found.append((used, max(float(line) for line in run(RELEASE / "examples/bandwidth", THREADS).split())))
+    mine.end()
+    used, best = (statistics.median(column) for column in zip(*found))
+    shares = [used / best for used, best in found]
+    values = f"{used:.1f} GB/s", "the machine", f"{best:.1f} GB/s"
+    return "decode, share of read bandwidth", *values, statistics.median(shares), 0.80, 0.70, spread(shares)
 
 
 def load_and_memory(bundles, program, models):

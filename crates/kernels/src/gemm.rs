@@ -197,11 +197,13 @@ impl Gemm<'_> {
                 Rows::Part { weights, first } => Some((weights, first.0, first.1)),
             };
             if let Some((weights, row, column)) = decoded {
-                for (row, to) in (row + rows.start..row + rows.end).zip(space.chunks_exact_mut(APART)) {
-                    let (to, zeros) = to[..depth.next_multiple_of(WHOLE)].split_at_mut(depth);
-                    weights.decode_pairs(row, column + 2 * start, count, bytemuck::cast_slice_mut(to));
-                    zeros.fill(0.0);
-                }
+                let whole = 2 * depth.next_multiple_of(WHOLE);
+                let to = (bytemuck::cast_slice_mut(&mut *space), 2 * APART);
+                weights.decode_pairs(
+                    row + rows.start..row + rows.end,
+                    (column + 2 * start, count, whole),
+                    to,
+                );
             }
             let next = 2 * (start + depth);
             let after = match self.rows {

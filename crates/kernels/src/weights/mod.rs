@@ -8,7 +8,7 @@ pub(crate) use affine::Affine;
 pub(crate) use lut::{FixedTables, Lut};
 
 use crate::matvec::Stored;
-use crate::simd::{Kernel, Simd, dispatch_pairs};
+use crate::simd::{Kernel, Simd, dispatch, dispatch_pairs};
 use bytes::Bytes;
 use half::{bf16, f16};
 use std::ops::Range;
@@ -244,25 +244,60 @@ impl Weights {
         depth: usize,
         (out, step): (&mut [f32], usize),
     ) {
+        if let Storage::F16(data) = self.storage() {
+            let block = RowsOf {
+                all: data.f16(),
+                cols: self.cols(),
+                rows,
+                columns: first..first + depth,
+            };
+            return dispatch(Widened(block, out, step));
+        }
         for (row, out) in rows.zip(out.chunks_exact_mut(step)) {
             self.decode(row, first, &mut out[..depth]);
         }
     }
 
-    /// Columns `first..first + count` of row `row`, rounded to bf16; a zero behind an odd count.
-    pub(crate) fn decode_pairs(&self, row: usize, first: usize, count: usize, out: &mut [bf16]) {
-        let (out, rest) = out.split_at_mut(count);
-        rest.fill(bf16::ZERO);
-        let start = row * self.cols() + first;
+    /// Columns `first..first + count` of each row in `rows`, rounded to bf16, with zeros behind up to `whole`; rows begin `step` elements
+    /// of `out` apart.
+    pub(crate) fn decode_pairs(
+        &self,
+        rows: Range<usize>,
+        (first, count, whole): (usize, usize, usize),
+        (out, step): (&mut [bf16], usize),
+    ) {
+        let (cols, columns) = (self.cols(), first..first + count);
         match self.storage() {
-            Storage::F32(data) => dispatch_pairs(Round(&data.f32()[start..start + count], out)),
-            Storage::F16(data) => dispatch_pairs(Round(&data.f16()[start..start + count], out)),
+            Storage::F32(data) => {
+                let all = data.f32();
+                let block = RowsOf {
+                    all,
+                    cols,
+                    rows,
+                    columns,
+                };
+                dispatch_pairs(Rounded(block, whole, out, step));
+            }
+            Storage::F16(data) => {
+                let all = data.f16();
+                let block = RowsOf {
+                    all,
+                    cols,
+                    rows,
+                    columns,
+                };
+                dispatch_pairs(Rounded(block, whole, out, step));
+            }
             Storage::Lut(_) | Storage::Affine(_) => {
                 let mut wide = [0.0; 512];
-                for (i, out) in out.chunks_mut(wide.len()).enumerate() {
-                    let wide = &mut wide[..out.len()];
-                    self.decode(row, first + i * 512, wide);
-                    dispatch_pairs(Round(wide, out));
+                for (row, out) in rows.zip(out.chunks_exact_mut(step)) {
+                    let (out, rest) = out[..whole].split_at_mut(count);
+                    rest.fill(bf16::ZERO);
+                    for (i, out) in out.chunks_mut(wide.len()).enumerate() {
+                        let wide = &mut wide[..out.len()];
+                        self.decode(row, first + i * 512, wide);
+                        dispatch_pairs(Round(wide, out));
+                    }
                 }
             }
         }
@@ -324,6 +359,60 @@ impl<T: Stored> Kernel for Round<'_, T> {
         }
         for (to, from) in to[at..].iter_mut().zip(&from[at..]) {
             *to = bf16::from_f32(from.widen());
+        }
+    }
+}
+
+/// Some columns of some rows of a dense matrix.
+struct RowsOf<'a, T> {
+    all: &'a [T],
+    cols: usize,
+    rows: Range<usize>,
+    columns: Range<usize>,
+}
+
+impl<'a, T> RowsOf<'a, T> {
+    #[inline(always)]
+    fn row(&self, row: usize) -> &'a [T] {
+        &self.all[row * self.cols..(row + 1) * self.cols][self.columns.clone()]
+    }
+}
+
+/// Rows as `f32`, so many elements apart.
+struct Widened<'a, T>(RowsOf<'a, T>, &'a mut [f32], usize);
+
+impl<T: Stored> Kernel for Widened<'_, T> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Widened(block, out, step) = self;
+        for (row, out) in block.rows.clone().zip(out.chunks_exact_mut(step)) {
+            let from = block.row(row);
+            let (to, count) = (&mut out[..from.len()], from.len() / S::LANES * S::LANES);
+            for at in (0..count).step_by(S::LANES) {
+                // SAFETY: a vector of both.
+                unsafe { s.store(to.as_mut_ptr().add(at), T::load(s, from.as_ptr().add(at))) };
+            }
+            for (to, from) in to[count..].iter_mut().zip(&from[count..]) {
+                *to = from.widen();
+            }
+        }
+    }
+}
+
+/// Rows rounded to bf16, with zeros up to so many elements, so many apart.
+struct Rounded<'a, T>(RowsOf<'a, T>, usize, &'a mut [bf16], usize);
+
+impl<T: Stored> Kernel for Rounded<'_, T> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Rounded(block, whole, out, step) = self;
+        for (row, out) in block.rows.clone().zip(out.chunks_exact_mut(step)) {
+            let from = block.row(row);
+            let (to, zeros) = out[..whole].split_at_mut(from.len());
+            Round(from, to).run(s);
+            zeros.fill(bf16::ZERO);
         }
     }
 }
