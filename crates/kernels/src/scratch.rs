@@ -8,6 +8,9 @@ use bytemuck::{Pod, Zeroable};
 #[repr(C, align(64))]
 struct Line([f32; 16]);
 
+/// What new memory holds. Calls find there whatever others left, so tests begin with what cannot be overlooked.
+const FRESH: Line = Line([if cfg!(test) { f32::NAN } else { 0.0 }; 16]);
+
 /// A buffer that grows to what the largest call needs and is reused by the next one. Make one per thread of
 /// evaluation; a call that fits allocates nothing.
 #[derive(Debug, Default)]
@@ -61,7 +64,7 @@ impl Scratch {
         let lines = len.div_ceil(16);
         if self.lines.len() < lines {
             self.lines = Vec::new();
-            self.lines.resize(lines, Line::zeroed());
+            self.lines.resize(lines, FRESH);
         }
         &mut bytemuck::cast_slice_mut(&mut self.lines)[..len]
     }
@@ -73,7 +76,7 @@ impl Scratch {
         if self.each < lines || self.own.len() < self.each * workers {
             self.each = self.each.max(lines);
             self.own = Vec::new();
-            self.own.resize(self.each * workers, Line::zeroed());
+            self.own.resize(self.each * workers, FRESH);
         }
         let own = Own {
             first: Shared(self.own.as_mut_ptr().cast()),

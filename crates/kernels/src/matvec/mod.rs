@@ -102,7 +102,9 @@ fn fix<'a>(x: &[f32], order: fixed::Order, space: &'a mut [f32]) -> Option<fixed
         return None;
     }
     if order == fixed::Order::Quads {
+        // The last pair may lack its second block: nothing times nothing, whatever the memory held.
         values[blocks * fixed::BLOCK..].fill(0);
+        scales[blocks..].fill(0.0);
         // SAFETY: the order is asked for where the instructions are; the values are pairs of blocks.
         unsafe { fixed::wide::to_quads(values) };
     } else {
@@ -467,7 +469,8 @@ pub(crate) mod tests {
 
     fn check(w: &Weights, seed: &mut u64, range: Range<usize>) {
         let x: Vec<f32> = (0..w.cols()).map(|_| random(seed)).collect();
-        let mut space = vec![0.0; prepared_len(w.cols())];
+        // Working memory holds anything.
+        let mut space = vec![f32::NAN; prepared_len(w.cols())];
         let prepared = prepare(&x, &[w], &mut space);
         let mut out = vec![f32::NAN; range.len()];
         dot(w, &prepared, range.clone(), &mut out);
@@ -547,7 +550,7 @@ pub(crate) mod tests {
         .unwrap();
         let mut x = vec![1.0; 64];
         x[5] = f32::INFINITY;
-        let mut space = vec![0.0; prepared_len(64)];
+        let mut space = vec![f32::NAN; prepared_len(64)];
         let mut out = [0.0];
         dot(&w, &prepare(&x, &[&w], &mut space), 0..1, &mut out);
         assert_eq!(out[0], f32::INFINITY);
