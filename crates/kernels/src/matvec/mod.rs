@@ -319,7 +319,7 @@ impl<T: Stored> Kernel for Dot<'_, T> {
         if cols >= LONG {
             row = match memory() {
                 Memory::OneStream => self.streams::<S, 1, 4, false>(s, 3584),
-                Memory::TwoStreams => self.streams::<S, 2, 4, true>(s, 1024),
+                Memory::FarStreams => self.streams::<S, 4, 4, true>(s, 1024),
                 Memory::FourStreams => self.streams::<S, 4, 2, false>(s, 512),
             };
         }
