@@ -7,8 +7,7 @@ use crate::loops::Shared;
 use crate::pool::Pool;
 use crate::scratch::Scratch;
 use crate::simd::{Kernel, Simd, dispatch, dispatch_pairs};
-use crate::weights::{Lines, Round};
-use half::bf16;
+use crate::weights::{Lines, RoundedRows, RowsOf};
 use std::ops::Range;
 
 /// Sizes of what is packed: in pairs of bf16 half as many elements as numbers, and rows of whole chunks.
@@ -215,11 +214,10 @@ fn gather(
         }
     }
     let source = if call.pairs {
-        let lines = rounded.chunks_exact_mut(sizes.query.max(1));
-        for (row, to) in rows.chunks_exact(call.size.max(1)).zip(lines) {
-            let (to, zeros) = bytemuck::cast_slice_mut::<f32, bf16>(to).split_at_mut(call.size);
-            dispatch_pairs(Round(row, to));
-            zeros.fill(bf16::ZERO);
+        if call.size > 0 {
+            let (line, all) = (2 * sizes.query, &mut rounded[..sizes.query * width]);
+            let block = RowsOf::new(rows, call.size, 0..width, 0..call.size);
+            dispatch_pairs(RoundedRows(block, line, bytemuck::cast_slice_mut(all), line));
         }
         Shared::of(rounded.as_ptr())
     } else {

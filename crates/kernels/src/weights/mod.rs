@@ -245,12 +245,7 @@ impl Weights {
         (out, step): (&mut [f32], usize),
     ) {
         if let Storage::F16(data) = self.storage() {
-            let block = RowsOf {
-                all: data.f16(),
-                cols: self.cols(),
-                rows,
-                columns: first..first + depth,
-            };
+            let block = RowsOf::new(data.f16(), self.cols(), rows, first..first + depth);
             return dispatch(Widened(block, out, step));
         }
         for (row, out) in rows.zip(out.chunks_exact_mut(step)) {
@@ -266,27 +261,15 @@ impl Weights {
         (first, count, whole): (usize, usize, usize),
         (out, step): (&mut [bf16], usize),
     ) {
-        let (cols, columns) = (self.cols(), first..first + count);
+        let columns = first..first + count;
         match self.storage() {
             Storage::F32(data) => {
-                let all = data.f32();
-                let block = RowsOf {
-                    all,
-                    cols,
-                    rows,
-                    columns,
-                };
-                dispatch_pairs(Rounded(block, whole, out, step));
+                let block = RowsOf::new(data.f32(), self.cols(), rows, columns);
+                dispatch_pairs(RoundedRows(block, whole, out, step));
             }
             Storage::F16(data) => {
-                let all = data.f16();
-                let block = RowsOf {
-                    all,
-                    cols,
-                    rows,
-                    columns,
-                };
-                dispatch_pairs(Rounded(block, whole, out, step));
+                let block = RowsOf::new(data.f16(), self.cols(), rows, columns);
+                dispatch_pairs(RoundedRows(block, whole, out, step));
             }
             Storage::Lut(_) | Storage::Affine(_) => {
                 let mut wide = [0.0; 512];
@@ -364,7 +347,7 @@ impl<T: Stored> Kernel for Round<'_, T> {
 }
 
 /// Some columns of some rows of a dense matrix.
-struct RowsOf<'a, T> {
+pub(crate) struct RowsOf<'a, T> {
     all: &'a [T],
     cols: usize,
     rows: Range<usize>,
@@ -372,6 +355,16 @@ struct RowsOf<'a, T> {
 }
 
 impl<'a, T> RowsOf<'a, T> {
+    /// Of the matrix `all`, whose rows have `cols` elements.
+    pub(crate) fn new(all: &'a [T], cols: usize, rows: Range<usize>, columns: Range<usize>) -> Self {
+        RowsOf {
+            all,
+            cols,
+            rows,
+            columns,
+        }
+    }
+
     #[inline(always)]
     fn row(&self, row: usize) -> &'a [T] {
         &self.all[row * self.cols..(row + 1) * self.cols][self.columns.clone()]
@@ -401,13 +394,13 @@ impl<T: Stored> Kernel for Widened<'_, T> {
 }
 
 /// Rows rounded to bf16, with zeros up to so many elements, so many apart.
-struct Rounded<'a, T>(RowsOf<'a, T>, usize, &'a mut [bf16], usize);
+pub(crate) struct RoundedRows<'a, T>(pub RowsOf<'a, T>, pub usize, pub &'a mut [bf16], pub usize);
 
-impl<T: Stored> Kernel for Rounded<'_, T> {
+impl<T: Stored> Kernel for RoundedRows<'_, T> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Rounded(block, whole, out, step) = self;
+        let RoundedRows(block, whole, out, step) = self;
         for (row, out) in block.rows.clone().zip(out.chunks_exact_mut(step)) {
             let from = block.row(row);
             let (to, zeros) = out[..whole].split_at_mut(from.len());
