@@ -373,6 +373,10 @@ pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Out {
 
 /// How rows that do not fit in caches are read fastest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    expect(dead_code, reason = "only processors with AVX-512 were measured to differ")
+)]
 pub(crate) enum Memory {
     /// One after the other, asked for nearly a page early: a quarter more than four on Zen 5.
     OneStream,
