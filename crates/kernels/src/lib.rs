@@ -9,6 +9,7 @@
 // Lists of key ranges are lists of ranges.
 #![allow(clippy::single_range_in_vec_init)]
 
+mod ahead;
 mod arena;
 pub mod attention;
 pub mod conv;
@@ -44,7 +45,7 @@ pub use copy::{ConvertTo, copy, f16_to_f32, f32_to_f16, round_to_f16};
 pub use elementwise::*;
 pub use gather::{gather, gather_rows, wrap_index};
 pub use gemm::Arithmetic;
-pub use linear::{Epilogue, gated, linear, linear_many};
+pub use linear::{Epilogue, expect as linear_expect, gated, linear, linear_many};
 pub use matmul::{Operand, matmul_f32};
 pub use norm::*;
 pub use pool::Pool;

@@ -2,11 +2,13 @@
 //!
 //! Few tokens go vector by vector, reading the weights as stored; more go through the blocked product in `gemm`.
 
+use crate::ahead::Streams;
 use crate::elementwise::{Unary, apply_slice};
 use crate::gemm::{Arithmetic, Gemm, Rows, SQUARE, block_space, opening, pack_panels, panel_width};
 use crate::loops::Shared;
+use crate::matvec::far::{self, STREAMS};
 use crate::matvec::{self, Prepared};
-use crate::pool::Pool;
+use crate::pool::{More, Pool};
 use crate::scratch::Scratch;
 use crate::simd::{Kernel, Simd, dispatch, dispatch_pairs, has_pairs};
 use crate::strided::{View, ViewMut};
@@ -26,6 +28,9 @@ const CHUNK_BYTES: usize = 16 * 1024;
 /// Rows of weights decoded together, and tokens they are multiplied with, in the blocked product.
 const GEMM_ROWS: usize = 48;
 const GEMM_TOKENS: usize = 256;
+
+/// Layers dispatched together at most; more go in turns.
+const TOGETHER: usize = 8;
 
 /// How a result is made, and what happens to it before it is stored: `activation(sum + bias) + residual`.
 #[derive(Debug, Clone, Copy, Default)]
@@ -212,8 +217,6 @@ pub fn linear_many(
     scratch: &mut Scratch,
 ) {
     assert_eq!(layers.len(), outputs.len(), "as many outputs as layers");
-    /// Layers dispatched together at most; more go in turns.
-    const TOGETHER: usize = 8;
     for (layers, outputs) in layers.chunks(TOGETHER).zip(outputs.chunks_mut(TOGETHER)) {
         let mut parts: [Option<Layer<'_>>; TOGETHER] = [None; TOGETHER];
         for ((part, (w, bias)), y) in parts.iter_mut().zip(layers).zip(outputs) {
@@ -248,6 +251,12 @@ fn chunk_rows(pool: &Pool, layer: &Layer<'_>, tokens: usize, total_bytes: usize)
 
 /// Each token by itself: matrix times vector.
 fn few(pool: &Pool, x: View<'_, f32>, layers: &[Layer<'_>], scratch: &mut Scratch) {
+    let lanes = Lanes::of(pool, layers.iter().map(|layer| (layer.w, layer.up)));
+    few_in(lanes, pool, x, layers, scratch);
+}
+
+/// As [`few`], spread over lanes in far streams where that suits.
+fn few_in(lanes: Option<Lanes>, pool: &Pool, x: View<'_, f32>, layers: &[Layer<'_>], scratch: &mut Scratch) {
     let [m, k] = [x.shape()[0], x.shape()[1]];
     if m == 0 {
         return;
@@ -264,13 +273,25 @@ fn few(pool: &Pool, x: View<'_, f32>, layers: &[Layer<'_>], scratch: &mut Scratc
     for (i, token) in tokens.iter_mut().enumerate().take(m) {
         let (row, rest) = space.split_at_mut(k.next_multiple_of(16));
         let (prepared, rest) = rest.split_at_mut(matvec::prepared_len(k));
-        let row = &mut row[..k];
-        gather_row(&x, i, row);
+        let row = if x.strides()[1] == 1 {
+            let from = x.ptr().wrapping_offset(i as isize * x.strides()[0]);
+            // SAFETY: the row is inside the view, its elements side by side.
+            unsafe { std::slice::from_raw_parts(from, k) }
+        } else {
+            gather_row(&x, i, &mut row[..k]);
+            &row[..k]
+        };
         *token = matvec::prepare(row, &all[..2 * layers.len()], prepared);
         space = rest;
     }
     let bytes = |layer: &Layer<'_>| layer.w.bytes() + layer.up.map_or(0, Weights::bytes);
     let total: usize = layers.iter().map(bytes).sum();
+    if let Some(lanes) = lanes {
+        return pool.run_lanes(lanes.chunks, &|lane, chunk, more| {
+            let (which, part) = lanes.part(chunk);
+            far_rows(&layers[which], &tokens[..m], (&lanes, which), (lane, part), more);
+        });
+    }
     let mut ends = [0_usize; 8];
     let mut chunks = 0;
     for (end, layer) in ends.iter_mut().zip(layers) {
@@ -287,6 +308,153 @@ fn few(pool: &Pool, x: View<'_, f32>, layers: &[Layer<'_>], scratch: &mut Scratc
         let first = (chunk - if which == 0 { 0 } else { ends[which - 1] }) * rows;
         few_rows(layer, &tokens[..m], first..(first + rows).min(layer.w.rows()));
     });
+}
+
+/// Bytes of a chunk that a thread takes without leaving its streams.
+const FAR_BYTES: usize = 64 * 1024;
+
+/// Rows of a stream between two looks at the output.
+const FAR_ROWS: usize = 256;
+
+/// Bytes that a thread asks for while it waits for the job that reads them: what it can ask for while another one rotates, normalises
+/// and attends, a part of its second cache.
+const AHEAD_BYTES: usize = 256 * 1024;
+
+/// How layers that are read in far streams are spread over the lanes of a pool: each lane has its rows of every layer, layer by layer,
+/// and reads them in streams of equal length that all go on from one chunk to the next.
+#[derive(Debug, Clone, Copy, Default)]
+struct Lanes {
+    lanes: usize,
+    /// Streams in the rows of each layer: the others are those of what it is multiplied with.
+    streams: [usize; 8],
+    /// Rows of each stream in a chunk.
+    step: [usize; 8],
+    /// Chunks of a lane up to the end of each layer.
+    ends: [usize; 8],
+    /// All chunks of a lane.
+    chunks: usize,
+}
+
+impl Lanes {
+    /// None where other ways suit the weights.
+    fn of<'a>(
+        pool: &Pool,
+        mut layers: impl Iterator<Item = (&'a Weights, Option<&'a Weights>)> + Clone,
+    ) -> Option<Lanes> {
+        let suits = |w: &Weights| far::suits(w) && w.bytes() / pool.lanes() >= 2 * CHUNK_BYTES;
+        let all = layers.clone();
+        let suit = layers.all(|(w, up)| suits(w) && up.is_none_or(suits));
+        suit.then(|| Lanes::spread(pool, all))
+    }
+
+    fn spread<'a>(pool: &Pool, layers: impl Iterator<Item = (&'a Weights, Option<&'a Weights>)>) -> Lanes {
+        let mut all = Lanes {
+            lanes: pool.lanes(),
+            ..Lanes::default()
+        };
+        for (i, (w, up)) in layers.enumerate() {
+            all.streams[i] = if up.is_some() { STREAMS / 2 } else { STREAMS };
+            // Rows of the longest stream: lanes differ by a row. One chunk has what is left by streams of equal length.
+            let each = w.rows().div_ceil(all.lanes) / all.streams[i];
+            all.step[i] = (FAR_BYTES / (STREAMS * row_bytes(w)).max(1)).clamp(1, FAR_ROWS);
+            all.chunks += each.div_ceil(all.step[i]).max(1);
+            all.ends[i] = all.chunks;
+        }
+        all
+    }
+
+    /// The layer that a chunk of a lane belongs to, and which of its chunks it is.
+    fn part(&self, chunk: usize) -> (usize, usize) {
+        let which = self.ends.iter().position(|end| chunk < *end);
+        let which = which.expect("chunks were counted over the layers");
+        (which, chunk - if which == 0 { 0 } else { self.ends[which - 1] })
+    }
+
+    /// Rows of layer `which` in a lane, and those of each stream.
+    fn rows(&self, w: &Weights, which: usize, lane: usize) -> (Range<usize>, usize) {
+        let rows = w.rows() * lane / self.lanes..w.rows() * (lane + 1) / self.lanes;
+        (rows.clone(), rows.len() / self.streams[which])
+    }
+}
+
+/// Chunk `part` of what a lane has of a layer (nothing, where lanes are shorter than the longest), and those behind it as long as `more` gives them, for every token.
+fn far_rows(
+    layer: &Layer<'_>,
+    tokens: &[Prepared<'_>],
+    (lanes, which): (&Lanes, usize),
+    (lane, part): (usize, usize),
+    more: &mut More<'_>,
+) {
+    let (streams, step) = (lanes.streams[which], lanes.step[which]);
+    let (rows, each) = lanes.rows(layer.w, which, lane);
+    let at = (part * step).min(each);
+    let most = (FAR_ROWS / step * step).min(each - at);
+    let first = |stream: usize| rows.start + stream % streams * each + at;
+    let matrix = |stream: usize| {
+        if stream < streams {
+            layer.w
+        } else {
+            layer.up.unwrap_or(layer.w)
+        }
+    };
+    let places = std::array::from_fn(|stream| (matrix(stream), first(stream)));
+    let mut space = [0.0; STREAMS * FAR_ROWS];
+    let mut count = step.min(most);
+    for (token, x) in tokens.iter().enumerate() {
+        let sums = &mut space[..STREAMS * most];
+        count = far::dot_far(places, x.x, count, sums, &mut || {
+            // What one token meets, all meet.
+            let longer = token == 0 && count < most && more();
+            longer.then(|| {
+                count = (count + step).min(most);
+                count
+            })
+        });
+        let (sums, ups) = sums.split_at_mut(streams * most);
+        for (stream, sums) in sums.chunks_exact_mut(most.max(1)).enumerate() {
+            let (rows, sums) = (first(stream)..first(stream) + count, &mut sums[..count]);
+            layer.finish_token(rows.clone(), sums);
+            if layer.up.is_some() {
+                let ups = &ups[stream * most..stream * most + count];
+                sums.iter_mut().zip(ups).for_each(|(sum, up)| *sum *= *up);
+            }
+            // SAFETY: inside the output, and these rows belong to this thread.
+            unsafe { layer.store_token(token, rows.start, sums.iter().copied()) };
+        }
+    }
+    // The chunk that ends the streams has what they leave; those behind it, of a shorter lane, have nothing.
+    if at + count == each && (count > 0 || part == 0) {
+        few_rows(layer, tokens, rows.start + each * streams..rows.end);
+    }
+}
+
+/// Says that these matrices, each with what it is multiplied with, are read next by a call for few tokens: threads that wait ask
+/// memory for them. Without effect where that does not pay.
+pub fn expect(pool: &Pool, layers: &[(&Weights, Option<&Weights>)]) {
+    if pool.threads() == 1 {
+        return;
+    }
+    let layers = &layers[..layers.len().min(TOGETHER)];
+    let (Some((w, up)), Some(lanes)) = (layers.first(), Lanes::of(pool, layers.iter().copied())) else {
+        return;
+    };
+    for lane in 0..lanes.lanes {
+        let (rows, each) = lanes.rows(w, 0, lane);
+        let streams = |w: &Weights| {
+            let row = row_bytes(w);
+            Streams {
+                first: w.start() as usize + rows.start * row,
+                apart: each * row,
+                count: lanes.streams[0],
+                bytes: (each * row).min(AHEAD_BYTES / STREAMS),
+            }
+        };
+        pool.announce(lane, [streams(w), up.map_or(Streams::default(), streams)]);
+    }
+}
+
+fn row_bytes(w: &Weights) -> usize {
+    w.bytes() / w.rows().max(1)
 }
 
 fn gather_row(x: &View<'_, f32>, row: usize, out: &mut [f32]) {
@@ -655,6 +823,60 @@ mod tests {
                     // Fixed point with few tokens: 2^-15 a product, k of them, at the size of the other factor.
                     let bound = 1e-4 * (1.0 + (k as f32).sqrt()) * (1.0 + sum.abs().sqrt()) * (1.0 + other.abs());
                     prop_assert!((found - expected).abs() < bound, "[{i}, {j}] {found} is not {expected}");
+                }
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(60))]
+        #[test]
+        fn far_streams_agree_with_the_definition_for_any_number_of_rows(
+            m in 1_usize..=FEW_TOKENS, n in 1_usize..1500, more in 1_usize..40, k in 1_usize..70, wide in any::<bool>(),
+            single in any::<bool>(), extras in 0_usize..4, threads in 1_usize..10, seed in any::<u64>(),
+        ) {
+            let pool = Pool::new(threads);
+            let mut seed = seed;
+            // Rows so long that a chunk has few of them, or many short ones.
+            let (n, k) = if wide { (n / 10 + 1, k * 16) } else { (n, k) };
+            let kind = usize::from(!single);
+            let all = [weights(n, k, kind, &mut seed), weights(more, k, kind, &mut seed)];
+            let up = weights(n, k, kind, &mut seed);
+            let x: Vec<f32> = (0..m * k).map(|_| random(&mut seed)).collect();
+            let (bias, residual): (Vec<f32>, Vec<f32>) =
+                ((0..n).map(|_| random(&mut seed)).collect(), (0..m * n).map(|_| random(&mut seed)).collect());
+            let (x_shape, shape, strides) = ([m, k], [m, n], [n as isize, 1]);
+            let x_strides = [k as isize, 1];
+            let view = View::new(&x, 0, &x_shape, &x_strides).unwrap();
+            let epilogue = Epilogue {
+                bias: (extras > 0).then_some(&bias[..]),
+                activation: (extras > 1).then_some(Unary::Tanh),
+                residual: (extras == 2).then(|| View::new(&residual, 0, &shape, &strides).unwrap()),
+                arithmetic: Arithmetic::F32,
+            };
+            let (mut y, mut other) = (vec![f32::NAN; m * n], vec![f32::NAN; m * more]);
+            let (other_shape, other_strides) = ([m, more], [more as isize, 1]);
+            let mut out = ViewMut::new(&mut y, 0, &shape, &strides).unwrap();
+            let mut other_out = ViewMut::new(&mut other, 0, &other_shape, &other_strides).unwrap();
+            let mut layer = Layer::new(&all[0], &view, &mut out, &epilogue);
+            layer.up = (extras == 3).then_some(&up);
+            let layers = [layer, Layer::new(&all[1], &view, &mut other_out, &Epilogue::default())];
+            let lanes = Lanes::spread(&pool, layers.iter().map(|layer| (layer.w, layer.up)));
+            few_in(Some(lanes), &pool, view, &layers, &mut Scratch::new());
+            let bound = |sum: f32| 1e-4 * (1.0 + (k as f32).sqrt()) * (1.0 + sum.abs());
+            for i in 0..m {
+                for j in 0..n {
+                    let sum = product(&x, &all[0], i, j) + if extras > 0 { bias[j] } else { 0.0 };
+                    let expected = match extras {
+                        0 | 1 => sum,
+                        2 => sum.tanh() + residual[i * n + j],
+                        _ => sum.tanh() * product(&x, &up, i, j),
+                    };
+                    prop_assert!((y[i * n + j] - expected).abs() < bound(expected), "[{i}, {j}]");
+                }
+                for j in 0..more {
+                    let expected = product(&x, &all[1], i, j);
+                    prop_assert!((other[i * more + j] - expected).abs() < bound(expected), "other [{i}, {j}]");
                 }
             }
         }

@@ -1,19 +1,23 @@
 //! A persistent thread pool for very short jobs.
 //!
 //! Workers spin for a moment after a job, then sleep. A job is a number of chunks in as many lanes as there are threads (up to
-//! a few); each thread takes those of its own lane one by one, then those that are left of the others. A worker that the system
-//! has taken off its core costs its own chunk at most, one that wakes late finds nothing left and costs nothing, and what a
-//! thread wrote in one job is mostly what it reads in the next, from its own cache.
+//! a few); each thread takes those of its own lane from its start, one by one, then what is left at the ends of the others. A worker
+//! that the system has taken off its core costs its own chunk at most, one that wakes late finds nothing left and costs nothing, and
+//! what a thread wrote in one job is mostly what it reads in the next, from its own cache. Who has a lane alone may take its next
+//! chunk in the middle of the one before ([`Pool::run_lanes`]): a stream of memory is then not interrupted.
+//!
+//! A thread that waits may know what it will read ([`Pool::announce`]) and asks memory for it.
 //!
 //! Where cores share no cache, every line that one writes and another reads takes as long as hundreds of additions, so a job
 //! passes few of them: the job itself with its number, a lane for each worker, and the count of what the worker has done.
 //! Nothing says which workers take part. A worker that has taken a chunk knows by this alone that the job is not over, since
 //! the caller waits until as many chunks are done as there were, and only then looks what the job is.
 
+use crate::ahead::{Announced, Streams, Walk};
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicIsize, AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -25,7 +29,11 @@ const SPIN: Duration = Duration::from_micros(150);
 /// More threads than this are not started, whatever is asked for.
 const MAX_THREADS: usize = 256;
 
-type Task<'a> = dyn Fn(usize, usize) + Sync + 'a;
+/// Is told the worker, the chunk, and how to take the chunk after it.
+type Task<'a> = dyn Fn(usize, usize, &mut More<'_>) + Sync + 'a;
+
+/// Takes the chunk behind the last one for the caller, if it can be had.
+pub(crate) type More<'a> = dyn FnMut() -> bool + 'a;
 
 /// The job being run.
 #[derive(Clone, Copy)]
@@ -43,10 +51,44 @@ struct Board {
     job: UnsafeCell<Option<Job>>,
 }
 
-/// Chunks of a part of the job that nobody has taken, alone in its lines of cache; below 0 when several found none.
-#[derive(Default)]
+/// Chunks of a part of the job that nobody has taken, alone in its lines of cache: the first one in the upper half, in the lower
+/// half the end, both counted from [`Lane::ZERO`]. They pass each other when several find none.
 #[repr(align(128))]
-struct Lane(AtomicIsize);
+struct Lane(AtomicU64);
+
+impl Lane {
+    /// More than there are threads: the end never falls below 0.
+    const ZERO: u64 = 1 << 16;
+    const NONE: u64 = Lane::ZERO << 32 | Lane::ZERO;
+
+    /// The first chunk that is left and the end of them.
+    fn bounds(value: u64) -> (u64, u64) {
+        let half = |value: u64| value & u64::from(u32::MAX);
+        (half(value >> 32), half(value))
+    }
+
+    /// Chunks that are left.
+    fn left(value: u64) -> usize {
+        let (first, end) = Lane::bounds(value);
+        end.saturating_sub(first) as usize
+    }
+
+    /// Takes the first chunk that is left, or the last.
+    fn take(&self, first: bool) -> Option<usize> {
+        // To look at another one's lane costs that one less than to write to it.
+        if !first && Lane::left(self.0.load(Ordering::Relaxed)) == 0 {
+            return None;
+        }
+        // Acquires the job, which was there before the lane was set.
+        let (start, end) = Lane::bounds(if first {
+            self.0.fetch_add(1 << 32, Ordering::Acquire)
+        } else {
+            self.0.fetch_sub(1, Ordering::Acquire)
+        });
+        let chunk = if first { start } else { end.wrapping_sub(1) };
+        (start < end).then(|| (chunk - Lane::ZERO) as usize)
+    }
+}
 
 /// Chunks that a worker has run since it was started, alone in its lines of cache.
 #[derive(Default)]
@@ -56,9 +98,16 @@ struct Ran(AtomicUsize);
 /// Lanes of a job at most: each is set anew for every job.
 const MOST_LANES: usize = 8;
 
+/// Chunks of a job at most, so that a lane counts them; more run on the caller.
+const MOST_CHUNKS: usize = 1 << 31;
+
 struct Shared {
     board: Board,
     lanes: Vec<Lane>,
+    /// For the threads of each lane.
+    announced: Vec<Announced>,
+    /// Of the caller that holds `Pool::busy`.
+    walk: Mutex<Walk>,
     /// Of each worker; that of the caller, worker 0, is not used.
     ran: Vec<Ran>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
@@ -109,8 +158,12 @@ impl Pool {
                 job: UnsafeCell::new(None),
             },
             lanes: (0..threads.clamp(1, MOST_LANES))
-                .map(|_| Lane::default())
+                .map(|_| Lane(AtomicU64::new(Lane::NONE)))
                 .collect(),
+            announced: (0..threads.clamp(1, MOST_LANES))
+                .map(|_| Announced::default())
+                .collect(),
+            walk: Mutex::default(),
             ran: (0..threads.clamp(1, MAX_THREADS))
                 .map(|_| Ran::default())
                 .collect(),
@@ -161,15 +214,56 @@ impl Pool {
 
     /// As [`Pool::run`]; `task` is told `(worker, chunk)`, where no two threads in this job share a `worker` and
     /// all are below [`Pool::threads`].
-    pub fn run_indexed(&self, chunks: usize, task: &Task<'_>) {
-        let alone = chunks <= 1 || self.workers.is_empty();
+    pub fn run_indexed(&self, chunks: usize, task: &(dyn Fn(usize, usize) + Sync)) {
+        self.run_task(chunks, &|worker, chunk, _| task(worker, chunk));
+    }
+
+    /// Parts of a job that [`Pool::run_lanes`] makes.
+    pub(crate) fn lanes(&self) -> usize {
+        self.shared.lanes.len()
+    }
+
+    /// Runs `each` chunks in each of [`Pool::lanes`]: `task` is told lane and chunk, and may take the chunk of the same lane that
+    /// follows, again and again, by calling what it is given: then that chunk is its own as well.
+    ///
+    /// # Panics
+    /// As [`Pool::run`].
+    pub(crate) fn run_lanes(&self, each: usize, task: &(dyn Fn(usize, usize, &mut More<'_>) + Sync)) {
+        let chunks = each * self.lanes();
+        self.run_task(chunks, &|_, chunk, more| {
+            let (lane, mut at) = (chunk / each, chunk % each);
+            // A caller that is alone would be given the next lane's as well.
+            task(lane, at, &mut || {
+                let next = at + 1 < each && more();
+                at += usize::from(next);
+                next
+            });
+        });
+    }
+
+    /// Says what a thread whose own lane is `lane` reads first in the next job.
+    pub(crate) fn announce(&self, lane: usize, sets: [Streams; 2]) {
+        self.shared.announced[lane].announce(sets);
+    }
+
+    fn run_task(&self, chunks: usize, task: &Task<'_>) {
+        let alone = chunks <= 1 || chunks > MOST_CHUNKS || self.workers.is_empty();
         if alone
             || self
                 .busy
                 .compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed)
                 .is_err()
         {
-            return (0..chunks).for_each(|chunk| task(0, chunk));
+            let next = Cell::new(0);
+            let take = || {
+                let chunk = next.get();
+                next.set(chunk + usize::from(chunk < chunks));
+                chunk < chunks
+            };
+            while take() {
+                task(0, next.get() - 1, &mut { take });
+            }
+            return;
         }
         // SAFETY: only the lifetime changes. The pointer is used for chunks of this job alone, and this function does not return
         // before all of them are done.
@@ -216,6 +310,11 @@ impl Shared {
         (chunks as u128 * lane as u128 / self.lanes.len() as u128) as usize
     }
 
+    /// The lane a thread takes chunks of first.
+    fn lane_of(&self, worker: usize) -> usize {
+        worker * self.lanes.len() / self.ran.len()
+    }
+
     /// Chunks that workers have run, of all jobs.
     fn ran(&self) -> usize {
         // Acquires what they wrote.
@@ -231,8 +330,8 @@ impl Shared {
         unsafe { *self.board.job.get() = Some(job) };
         for (lane, left) in self.lanes.iter().enumerate() {
             let chunks = self.start(job.chunks, lane + 1) - self.start(job.chunks, lane);
-            // Releases the job to whoever takes a chunk. No count of chunks that can be run is negative.
-            left.0.store(chunks as isize, Ordering::Release);
+            // Releases the job to whoever takes a chunk.
+            left.0.store(Lane::NONE + chunks as u64, Ordering::Release);
         }
         let number = self.board.number.load(Ordering::Relaxed);
         self.board.number.store(number.wrapping_add(1), Ordering::Release);
@@ -251,7 +350,15 @@ impl Shared {
         });
         let theirs = job.chunks - mine.get();
         let mut spins = 0_u32;
+        if self.ran().wrapping_sub(before) == theirs {
+            return;
+        }
+        let mut walk = self.walk.lock().unwrap_or_else(PoisonError::into_inner);
+        walk.look(&self.announced[0]);
         while self.ran().wrapping_sub(before) != theirs {
+            if walk.step() {
+                continue;
+            }
             spins += 1;
             if spins.is_multiple_of(4096) {
                 std::thread::yield_now()
@@ -261,38 +368,38 @@ impl Shared {
         }
     }
 
-    /// Takes a chunk of a lane: gives how many were left, with this one.
-    fn take(&self, lane: usize, own: bool) -> Option<usize> {
-        let left = &self.lanes[lane].0;
-        // To look at another one's lane costs that one less than to write to it.
-        if !own && left.load(Ordering::Relaxed) <= 0 {
-            return None;
-        }
-        // Acquires the job, which was there before the lane was set.
-        let left = left.fetch_sub(1, Ordering::Acquire);
-        usize::try_from(left).ok().filter(|left| *left > 0)
-    }
-
     /// Runs chunks until none is left, and tells `count` how many, as often as it changes lanes. A chunk that panics is the last
     /// one: what is left is counted as run. `first` is called behind the first chunk.
     fn claim(&self, worker: usize, count: impl Fn(usize), first: impl Fn()) {
         let lanes = self.lanes.len();
-        let own = worker * lanes / self.ran.len();
-        let begun = Cell::new(0_usize);
+        let own = self.lane_of(worker);
+        // Nobody else takes what is next in a lane of one's own.
+        let alone = lanes == self.ran.len();
+        let (begun, any) = (Cell::new(0_usize), Cell::new(false));
+        let once = || {
+            if !any.replace(true) {
+                first();
+            }
+        };
         let result = catch_unwind(AssertUnwindSafe(|| {
-            let mut any = false;
             for lane in (own..lanes).chain(0..own) {
-                while let Some(left) = self.take(lane, lane == own) {
-                    begun.set(begun.get() + 1);
+                let take = || {
+                    let chunk = self.lanes[lane].take(lane == own);
+                    begun.set(begun.get() + usize::from(chunk.is_some()));
+                    chunk
+                };
+                while let Some(chunk) = take() {
                     // SAFETY: a chunk was taken and is not counted, so the job is the one it belongs to, and stays.
                     if let Some(job) = unsafe { *self.board.job.get() } {
                         // SAFETY: as above: the caller of `run` is on the stack.
                         let task = unsafe { &*job.task };
-                        task(worker, self.start(job.chunks, lane + 1) - left);
+                        let mut more = || {
+                            once();
+                            lane == own && alone && take().is_some()
+                        };
+                        task(worker, self.start(job.chunks, lane) + chunk, &mut more);
                     }
-                    if !std::mem::replace(&mut any, true) {
-                        first();
-                    }
+                    once();
                 }
                 if begun.get() > 0 {
                     count(begun.replace(0));
@@ -302,7 +409,7 @@ impl Shared {
         if let Err(payload) = result {
             let mut dropped = begun.get();
             for lane in &self.lanes {
-                dropped += usize::try_from(lane.0.swap(0, Ordering::Relaxed)).unwrap_or(0);
+                dropped += Lane::left(lane.0.swap(Lane::NONE, Ordering::Relaxed));
             }
             self.panic
                 .lock()
@@ -329,21 +436,30 @@ impl Shared {
     /// The life of a worker: wait for a job not seen yet, take part in what is left of it.
     fn work(&self, worker: usize) {
         let mut seen = 0;
+        let mut walk = Walk::default();
+        let announced = &self.announced[self.lane_of(worker)];
         let ran = &self.ran[worker].0;
         // No other thread writes the count.
         let count = |chunks| {
             let all = ran.load(Ordering::Relaxed).wrapping_add(chunks);
             ran.store(all, Ordering::Release);
         };
-        while let Some(number) = self.wait(seen) {
+        while let Some(number) = self.wait(seen, (&mut walk, announced)) {
             seen = number;
             self.claim(worker, count, || ());
         }
     }
 
-    /// Spins, then sleeps, until there is a job other than `seen`; gives its number, or none to end the thread.
-    fn wait(&self, seen: u64) -> Option<u64> {
+    /// Asks memory for what was announced, spins, then sleeps, until there is a job other than `seen`; gives its number, or none to
+    /// end the thread.
+    fn wait(&self, seen: u64, (walk, announced): (&mut Walk, &Announced)) -> Option<u64> {
         let fresh = |number: u64| (number != seen).then_some(number);
+        walk.look(announced);
+        while walk.step() {
+            if let Some(number) = fresh(self.board.number.load(Ordering::Acquire)) {
+                return Some(number);
+            }
+        }
         loop {
             let start = Instant::now();
             while start.elapsed() < SPIN {
@@ -440,6 +556,48 @@ mod tests {
                 scope.spawn(|| (0..300).for_each(|round| count(&pool, round % 17)));
             }
         });
+    }
+
+    #[test]
+    fn chunks_taken_in_the_middle_of_others_run_once_and_follow_them() {
+        for threads in [1, 2, 5, 9] {
+            let pool = Pool::new(threads);
+            for each in [1, 2, 7, 40] {
+                let hits: Vec<AtomicUsize> = (0..each * pool.lanes()).map(|_| AtomicUsize::new(0)).collect();
+                for round in 0..50 {
+                    pool.run_lanes(each, &|lane, chunk, more| {
+                        let mut at = chunk;
+                        loop {
+                            hits[lane * each + at].fetch_add(1, Ordering::Relaxed);
+                            at += 1;
+                            if at % 4 == round % 4 || !more() {
+                                break;
+                            }
+                        }
+                    });
+                    assert!(hits.iter().all(|hit| hit.load(Ordering::Relaxed) == round + 1));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_panic_in_a_chunk_taken_in_the_middle_leaves_the_pool_usable() {
+        let pool = Pool::new(2);
+        for _ in 0..20 {
+            let result = catch_unwind(AssertUnwindSafe(|| {
+                pool.run_lanes(8, &|lane, chunk, more| {
+                    let mut at = chunk;
+                    while more() {
+                        at += 1;
+                        assert!((lane, at) != (0, 5), "chunk five");
+                    }
+                });
+            }));
+            // The other thread may have taken that chunk as a first one.
+            drop(result);
+            count(&pool, 40);
+        }
     }
 
     #[test]

@@ -76,6 +76,14 @@ pub trait Op: Any + Debug + Send + Sync {
     fn weight_bytes(&self) -> usize {
         0
     }
+
+    /// Whether a run reads its weights row by row, as products of few tokens do: then [`Op::expect`] has an effect.
+    fn reads_rows(&self, _inputs: &[&Layout]) -> bool {
+        false
+    }
+
+    /// Announces to the threads of `pool` that they read the weights of this operation next.
+    fn expect(&self, _pool: &Pool) {}
 }
 
 /// What one run of an operation reads and writes.

@@ -136,6 +136,9 @@ impl Workspace {
         mut options: RunOptions<'_>,
     ) -> Result<(), Error> {
         for step in &plan.steps {
+            if let Some(next) = step.then.and_then(|next| plan.steps.get(next)) {
+                next.op.expect(options.pool);
+            }
             let start = options.observer.as_ref().map(|_| Instant::now());
             self.step(step, states, options.pool)?;
             let elapsed = start.map(|s| s.elapsed());

@@ -23,7 +23,7 @@ thread_local! {
 const LEAST_KEYS: usize = 64;
 
 /// Scores and values a job should see before another one is worth claiming.
-const LEAST_WORK: usize = 40_000;
+const LEAST_WORK: usize = 10_000;
 
 /// One job per head of keys and few queries; where that leaves threads idle, per part of the positions too.
 pub(super) fn run(pool: &Pool, call: &Call, runs: &[Range<usize>], scratch: &mut Scratch) {

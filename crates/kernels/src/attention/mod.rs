@@ -181,6 +181,11 @@ impl Call {
             return runs;
         }
         let (heads, queries) = self.mask_rows();
+        if (heads, queries) == (1, 1)
+            && let Some(row) = self.mask_row(0, 0, 0..self.keys)
+        {
+            return runs_of(row);
+        }
         SEEN.with_borrow_mut(|seen| {
             seen.clear();
             seen.resize(self.keys, false);
@@ -197,14 +202,40 @@ impl Call {
                 }
             }
             for (t, _) in seen.iter().enumerate().filter(|(_, seen)| **seen) {
-                match runs.last_mut() {
-                    Some(run) if run.end == t => run.end += 1,
-                    _ => runs.push(t..t + 1),
-                }
+                add(&mut runs, t..t + 1);
             }
         });
         runs
     }
+}
+
+/// Adds positions behind all others.
+fn add(runs: &mut Runs, positions: Range<usize>) {
+    match runs.last_mut() {
+        Some(run) if run.end == positions.start => run.end = positions.end,
+        _ => runs.push(positions),
+    }
+}
+
+/// The positions that one row of a mask shows.
+fn runs_of(row: &[f32]) -> Runs {
+    /// Positions looked at together: mostly all are seen, or none.
+    const TOGETHER: usize = 32;
+    let seen = |mask: &f32| *mask != f32::NEG_INFINITY;
+    let mut runs = Runs::new();
+    for (i, part) in row.chunks(TOGETHER).enumerate() {
+        let start = i * TOGETHER;
+        match part.iter().map(|mask| usize::from(seen(mask))).sum::<usize>() {
+            0 => {}
+            count if count == part.len() => add(&mut runs, start..start + count),
+            _ => {
+                for (t, _) in part.iter().enumerate().filter(|(_, mask)| seen(mask)) {
+                    add(&mut runs, start + t..start + t + 1);
+                }
+            }
+        }
+    }
+    runs
 }
 
 #[cfg(test)]

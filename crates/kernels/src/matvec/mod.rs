@@ -1,5 +1,6 @@
 //! Rows of a weight matrix times one vector.
 
+pub(crate) mod far;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod fixed;
 

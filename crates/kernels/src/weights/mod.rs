@@ -306,6 +306,15 @@ impl Weights {
         }
     }
 
+    /// Where the first row begins, palettes and integers aside from their tables and scales.
+    pub(crate) fn start(&self) -> *const u8 {
+        match self.storage() {
+            Storage::F32(data) | Storage::F16(data) => data.0.as_ptr(),
+            Storage::Lut(lut) => lut.indices.as_ptr(),
+            Storage::Affine(affine) => affine.data.as_ptr(),
+        }
+    }
+
     /// Bytes held in memory or mapped, tables included.
     pub fn bytes(&self) -> usize {
         match self.storage() {

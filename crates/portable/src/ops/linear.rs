@@ -55,6 +55,12 @@ impl std::fmt::Debug for Linear {
     }
 }
 
+/// Whether the rows of `x` are so few that weights are read row by row.
+fn is_few(weights: &Weights, inputs: &[&Layout]) -> bool {
+    let of = |x: &&Layout| elements(&x.shape) / weights.cols().max(1) < PACK_FROM;
+    inputs.first().is_some_and(of)
+}
+
 /// Two operations for each weight and row.
 fn product_flops(weights: &Weights, x: &Layout) -> u64 {
     let rows = elements(&x.shape) / weights.cols().max(1);
@@ -110,6 +116,14 @@ impl Op for Linear {
 
     fn flops(&self, inputs: &[&Layout], _outputs: &[&Layout]) -> u64 {
         product_flops(&self.weights, inputs[0])
+    }
+
+    fn reads_rows(&self, inputs: &[&Layout]) -> bool {
+        self.packed.is_none() && is_few(&self.weights, inputs)
+    }
+
+    fn expect(&self, pool: &kernels::Pool) {
+        kernels::linear_expect(pool, &[(&self.weights, None)]);
     }
 
     fn weight_bytes(&self) -> usize {
@@ -221,6 +235,14 @@ impl Op for Gated {
         product_flops(&self.gate, inputs[0]) + product_flops(&self.up, inputs[0])
     }
 
+    fn reads_rows(&self, inputs: &[&Layout]) -> bool {
+        is_few(&self.gate, inputs)
+    }
+
+    fn expect(&self, pool: &kernels::Pool) {
+        kernels::linear_expect(pool, &[(&self.gate, Some(&self.up))]);
+    }
+
     fn weight_bytes(&self) -> usize {
         self.gate.bytes() + self.up.bytes()
     }
@@ -274,6 +296,15 @@ impl Op for LinearMany {
             .iter()
             .map(|l| product_flops(&l.weights, inputs[0]))
             .sum()
+    }
+
+    fn reads_rows(&self, inputs: &[&Layout]) -> bool {
+        self.layers.first().is_some_and(|l| is_few(&l.weights, inputs))
+    }
+
+    fn expect(&self, pool: &kernels::Pool) {
+        let layers: SmallVec<[_; 8]> = self.layers.iter().map(|l| (&l.weights, None)).collect();
+        kernels::linear_expect(pool, &layers);
     }
 
     fn weight_bytes(&self) -> usize {

@@ -56,9 +56,11 @@ pub(super) fn place(graph: &Graph, mut draft: Draft) -> Plan {
                 inputs,
                 outputs,
                 dtypes,
+                then: None,
             });
         }
     }
+    find_next_readers(&mut steps);
     let slot = |name: String, dtype, home: &Home| Slot {
         name,
         dtype,
@@ -80,6 +82,17 @@ pub(super) fn place(graph: &Graph, mut draft: Draft) -> Plan {
             .iter()
             .map(|s| (s.name.clone(), s.dtype, s.shape.clone()))
             .collect(),
+    }
+}
+
+/// Finds for every step that reads weights row by row the next one that does.
+fn find_next_readers(steps: &mut [Step]) {
+    let mut next = None;
+    for (i, step) in steps.iter_mut().enumerate().rev() {
+        let inputs: SmallVec<[&Layout; 4]> = step.inputs.iter().map(|input| &input.layout).collect();
+        if step.op.reads_rows(&inputs) {
+            step.then = next.replace(i);
+        }
     }
 }
 

@@ -53,6 +53,9 @@ pub struct Step {
     pub outputs: SmallVec<[Operand; 2]>,
     /// Written type of each result.
     pub dtypes: SmallVec<[DType; 2]>,
+    /// Where this step and a later one read weights row by row: the next such step. Its weights are announced to the threads before
+    /// this one runs, who ask memory for them while they wait.
+    pub then: Option<usize>,
 }
 
 /// A strided piece of memory.

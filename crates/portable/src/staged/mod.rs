@@ -407,6 +407,7 @@ impl<'a, 'o> Runner<'a, 'o> {
             inputs: smallvec::SmallVec::new(),
             outputs: smallvec::SmallVec::new(),
             dtypes,
+            then: None,
         };
         observer.after(&Done {
             step: &step,
