@@ -124,6 +124,19 @@ const CASES: &[Case] = &[
         gone: &["MatMul", "Softmax", "Broadcast"],
     },
     Case {
+        name: "update of a slice whose bounds are concatenated",
+        program: "func main<ios18>(tensor<fp16, [4, 2, 6, 8]> cache, tensor<fp16, [1, 2, 1, 8]> x, tensor<int32, [1]> position) {
+            tensor<int32, [1]> next = add(x = position, y = int32(1));
+            tensor<int32, [4]> begin = concat(axis = int32(0), interleave = bool(false),
+                values = (tensor<int32, [1]>([2]), tensor<int32, [1]>([0]), position, tensor<int32, [1]>([0])));
+            tensor<int32, [4]> end = concat(axis = int32(0), interleave = bool(false),
+                values = (tensor<int32, [2]>([3, 2]), next, tensor<int32, [1]>([8])));
+            tensor<fp16, [4, 2, 6, 8]> y = slice_update(begin = begin, end = end, update = x, x = cache);
+        } -> (y);",
+        expect: &["begin: Each([2, 0, input 2, 0]), end: Each([3, 2, input 3, 8])"],
+        gone: &["Concat"],
+    },
+    Case {
         name: "attention with keys split and transposed at once",
         program: "func main<ios17>(tensor<fp16, [1, 3, 8]> q, tensor<fp16, [1, 5, 8]> k, tensor<fp16, [1, 5, 8]> v) {
             tensor<fp16, [1, 3, 2, 4]> q1 = reshape(shape = tensor<int32, [4]>([1, 3, 2, 4]), x = q);
@@ -312,30 +325,29 @@ fn numbers(seed: u64, count: usize) -> Vec<f32> {
 
 fn run(model: &Model, seed: u64) -> Vec<(String, OwnedArray)> {
     let function = &model.file().program().unwrap().functions[0];
-    let inputs: Vec<(String, Vec<usize>, Vec<f32>)> = function
+    // Integers are places in small dimensions.
+    let places = |numbers: &[f32]| -> Vec<i32> { numbers.iter().map(|n| (n.abs() * 2.0) as i32).collect() };
+    let inputs: Vec<_> = function
         .inputs
         .iter()
         .enumerate()
         .map(|(i, input)| {
-            let dims = &input.ty.tensor().unwrap().shape;
-            let shape: Vec<usize> = dims
+            let ty = input.ty.tensor().unwrap();
+            let shape: Vec<usize> = ty
+                .shape
                 .iter()
                 .map(|d| if let Dim::Fixed(n) = d { *n } else { 1 })
                 .collect();
-            let count = shape.iter().product();
-            (input.name.clone(), shape, numbers(seed + i as u64, count))
+            let data = numbers(seed + i as u64, shape.iter().product());
+            let whole = (!ty.dtype.is_float()).then(|| places(&data));
+            (input.name.clone(), shape, data, whole)
         })
         .collect();
     let arrays: Vec<(&str, Array<'_>)> = inputs
         .iter()
-        .map(|(name, shape, data)| {
-            (
-                name.as_str(),
-                Array {
-                    shape,
-                    data: Data::F32(data),
-                },
-            )
+        .map(|(name, shape, data, whole)| {
+            let data = whole.as_deref().map_or(Data::F32(data), Data::I32);
+            (name.as_str(), Array { shape, data })
         })
         .collect();
     model.predict(&arrays, None).unwrap()

@@ -2,6 +2,7 @@
 //! to iOS18.
 
 mod blocks;
+mod bounds;
 mod lines;
 
 use crate::error::{OpError, OpResult};
@@ -12,6 +13,9 @@ use crate::op::{Args, In, Op, OpSpec, Out, Support, opt, req};
 use crate::ops::view::unit_steps;
 use candle_coreml_kernels as kernels;
 use smallvec::{SmallVec, smallvec};
+use std::sync::Arc;
+
+pub use bounds::{Bound, Bounds};
 
 /// `axes` normalised for a value of rank `rank`, sorted.
 pub fn sorted_axes(axes: &[i32], rank: usize) -> OpResult<SmallVec<[usize; 6]>> {
@@ -375,7 +379,11 @@ fn sub<'a, T>(v: kernels::View<'a, T>, part: &'a Layout) -> OpResult<kernels::Vi
 
 /// `slice_update`: a copy of `x` with a part replaced; where nobody needs the old `x`, only the part is written.
 #[derive(Debug)]
-pub struct SliceUpdate(Region);
+pub struct SliceUpdate {
+    region: Arc<Region>,
+    begin: Bounds,
+    end: Bounds,
+}
 
 impl Op for SliceUpdate {
     fn name(&self) -> &'static str {
@@ -395,7 +403,8 @@ impl Op for SliceUpdate {
     }
 
     fn run(&self, args: &mut Args<'_>) -> OpResult<()> {
-        let (begin, end) = (args.i32s(2)?, args.i32s(3)?);
+        let (begin, end) = (self.begin.read(args)?, self.end.read(args)?);
+        let (begin, end) = (begin.as_slice(), end.as_slice());
         let out = args
             .outputs
             .first_mut()
@@ -410,6 +419,12 @@ impl Op for SliceUpdate {
 }
 
 impl SliceUpdate {
+    /// The same with its part given otherwise.
+    pub fn with_bounds(&self, begin: Bounds, end: Bounds) -> SliceUpdate {
+        let region = self.region.clone();
+        SliceUpdate { region, begin, end }
+    }
+
     fn write<S, D>(
         &self,
         pool: &kernels::Pool,
@@ -423,11 +438,11 @@ impl SliceUpdate {
         D: Copy + Send + Sync,
     {
         let part = self
-            .0
+            .region
             .locate(&layout_of(y.offset(), y.shape(), y.strides()), begin, end)?;
         let from = layout_of(update.offset(), update.shape(), update.strides());
         let from = from
-            .reshape(&self.0.size)
+            .reshape(&self.region.size)
             .ok_or("internal: the update's shape does not fit")?;
         let y = kernels::ViewMut::new(y.into_data(), part.offset, &part.shape, &part.strides);
         let y = y.ok_or("internal: a part lies outside its value")?;
@@ -461,7 +476,12 @@ fn lower_slice_update(cx: &mut OpCx<'_, '_>) -> OpResult<()> {
         size,
         masks,
     };
-    let y = cx.emit(SliceUpdate(region), &[x, update, begin, end], dtype, &shape)?;
+    let op = SliceUpdate {
+        region: Arc::new(region),
+        begin: Bounds::Input(2),
+        end: Bounds::Input(3),
+    };
+    let y = cx.emit(op, &[x, update, begin, end], dtype, &shape)?;
     cx.result(y)
 }
 

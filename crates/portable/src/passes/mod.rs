@@ -2,6 +2,7 @@
 
 mod arithmetic;
 mod attention;
+mod bounds;
 mod conv;
 mod group;
 mod linear;
@@ -28,7 +29,8 @@ pub fn optimize(graph: Graph, arithmetic: Arithmetic, threads: usize) -> Graph {
     let graph = views::simplify(views::sink(graph));
     let graph = views::simplify(views::sink(graph));
     let graph = group::activations(conv::epilogues(linear::epilogues(graph)));
-    conv::chains(linear::share_input(views::simplify(graph)), threads)
+    let graph = bounds::of_updates(views::simplify(graph));
+    conv::chains(linear::share_input(graph), threads)
 }
 
 /// Gives what only looks at the elements of another value memory of its own, so that every value is computed by a step.

@@ -126,6 +126,11 @@ impl Rewriter {
         self.graph.constant(v).and_then(|c| c.scalar())
     }
 
+    /// The elements of a constant of integers.
+    pub fn ints(&self, v: ValueId) -> Option<&[i32]> {
+        self.graph.constant(v).and_then(|c| c.ints())
+    }
+
     /// The elements of a constant.
     pub fn constant(&self, v: ValueId) -> Option<Arc<[f32]>> {
         self.graph.constant(v).map(|c| c.dense())
