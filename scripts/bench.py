@@ -75,6 +75,16 @@ def run(*command, **options):
     return subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True, **options).stdout
 
 
+def forget(*folders):
+    """Files that were just written leave memory, where they lie in small pages: engines find them as after a start of the machine."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path in (path for folder in folders for path in folder.rglob("*") if path.is_file()):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def llama(work):
     """The program that times llama.cpp."""
     program = work / "llama_timed"
@@ -395,6 +405,7 @@ def main():
     if "language" in only or "growth" in only:
         program = llama(work)
         models, bundles = language_models(work, program)
+    forget(work / "bundles", work / "models", folder)
     if "language" in only:
         notes.append(agreement(bundles, program, models))
         print(notes[-1], flush=True)
@@ -418,7 +429,7 @@ def write(table, notes, details, tables):
         f"# Benchmarks\n\nMade by `cargo xtask bench --write` on {machine()}. Beside {versions()}.",
         "Engines take turns in one run. A ratio is the median over turns of their time to ours, above 1 in favour of candle-coreml; "
         "for memory, ours to theirs. A spread is that of the middle half of our turns. `wanted` and `floor` are what the project "
-        "holds itself to. Language rows are SmolLM2-135M; networks compute in f32.",
+        "holds itself to. Language rows are SmolLM2-135M; networks compute in f32. Files of all engines are read from the disk first.",
         table,
         *notes,
         without(flags),

@@ -14,6 +14,7 @@ use crate::simd::{Kernel, Simd, dispatch, dispatch_pairs, has_pairs};
 use crate::strided::{View, ViewMut};
 use crate::weights::{Lines, Round, Weights};
 use half::bf16;
+use std::cell::RefCell;
 use std::ops::Range;
 
 /// Up to this many tokens are multiplied one by one.
@@ -134,6 +135,13 @@ impl<'a> Layer<'a> {
                 for (i, sum) in sums.enumerate() {
                     // SAFETY: the caller's.
                     unsafe { *to.wrapping_offset(i as isize * self.steps[1]) = sum };
+                }
+            }
+            Some((residual, [line, 1])) if self.steps[1] == 1 => {
+                let from = residual.at(token as isize * line + first as isize);
+                for (i, sum) in sums.enumerate() {
+                    // SAFETY: the caller's; the residual has the shape of the output.
+                    unsafe { *to.wrapping_add(i) = sum + *from.wrapping_add(i) };
                 }
             }
             Some((residual, steps)) => {
@@ -311,7 +319,7 @@ fn few_in(lanes: Option<Lanes>, pool: &Pool, x: View<'_, f32>, layers: &[Layer<'
 }
 
 /// Bytes of a chunk that a thread takes without leaving its streams.
-const FAR_BYTES: usize = 64 * 1024;
+const FAR_BYTES: usize = 32 * 1024;
 
 /// Rows of a stream between two looks at the output.
 const FAR_ROWS: usize = 256;
@@ -319,6 +327,11 @@ const FAR_ROWS: usize = 256;
 /// Bytes that a thread asks for while it waits for the job that reads them: what it can ask for while another one rotates, normalises
 /// and attends, a part of its second cache.
 const AHEAD_BYTES: usize = 256 * 1024;
+
+thread_local! {
+    /// Sums of a stream's rows, stream by stream.
+    static SUMS: RefCell<[f32; STREAMS * FAR_ROWS]> = const { RefCell::new([0.0; STREAMS * FAR_ROWS]) };
+}
 
 /// How layers that are read in far streams are spread over the lanes of a pool: each lane has its rows of every layer, layer by layer,
 /// and reads them in streams of equal length that all go on from one chunk to the next.
@@ -339,12 +352,14 @@ impl Lanes {
     /// None where other ways suit the weights.
     fn of<'a>(
         pool: &Pool,
-        mut layers: impl Iterator<Item = (&'a Weights, Option<&'a Weights>)> + Clone,
+        layers: impl Iterator<Item = (&'a Weights, Option<&'a Weights>)> + Clone,
     ) -> Option<Lanes> {
-        let suits = |w: &Weights| far::suits(w) && w.bytes() / pool.lanes() >= 2 * CHUNK_BYTES;
-        let all = layers.clone();
-        let suit = layers.all(|(w, up)| suits(w) && up.is_none_or(suits));
-        suit.then(|| Lanes::spread(pool, all))
+        Lanes::suit(pool, layers.clone()).then(|| Lanes::spread(pool, layers))
+    }
+
+    fn suit<'a>(pool: &Pool, mut layers: impl Iterator<Item = (&'a Weights, Option<&'a Weights>)>) -> bool {
+        let suits = |w: &Weights| far::suits(w) && w.bytes() >= 2 * CHUNK_BYTES * pool.lanes();
+        layers.all(|(w, up)| suits(w) && up.is_none_or(suits))
     }
 
     fn spread<'a>(pool: &Pool, layers: impl Iterator<Item = (&'a Weights, Option<&'a Weights>)>) -> Lanes {
@@ -372,8 +387,9 @@ impl Lanes {
 
     /// Rows of layer `which` in a lane, and those of each stream.
     fn rows(&self, w: &Weights, which: usize, lane: usize) -> (Range<usize>, usize) {
-        let rows = w.rows() * lane / self.lanes..w.rows() * (lane + 1) / self.lanes;
-        (rows.clone(), rows.len() / self.streams[which])
+        let rows = rows_of_lane(w, lane, self.lanes);
+        let each = rows.len() / self.streams[which];
+        (rows, each)
     }
 }
 
@@ -398,30 +414,31 @@ fn far_rows(
         }
     };
     let places = std::array::from_fn(|stream| (matrix(stream), first(stream)));
-    let mut space = [0.0; STREAMS * FAR_ROWS];
     let mut count = step.min(most);
-    for (token, x) in tokens.iter().enumerate() {
-        let sums = &mut space[..STREAMS * most];
-        count = far::dot_far(places, x.x, count, sums, &mut || {
-            // What one token meets, all meet.
-            let longer = token == 0 && count < most && more();
-            longer.then(|| {
-                count = (count + step).min(most);
-                count
-            })
-        });
-        let (sums, ups) = sums.split_at_mut(streams * most);
-        for (stream, sums) in sums.chunks_exact_mut(most.max(1)).enumerate() {
-            let (rows, sums) = (first(stream)..first(stream) + count, &mut sums[..count]);
-            layer.finish_token(rows.clone(), sums);
-            if layer.up.is_some() {
-                let ups = &ups[stream * most..stream * most + count];
-                sums.iter_mut().zip(ups).for_each(|(sum, up)| *sum *= *up);
+    SUMS.with_borrow_mut(|space| {
+        for (token, x) in tokens.iter().enumerate() {
+            let sums = &mut space[..STREAMS * most];
+            count = far::dot_far(places, x.x, count, sums, &mut || {
+                // What one token meets, all meet.
+                let longer = token == 0 && count < most && more();
+                longer.then(|| {
+                    count = (count + step).min(most);
+                    count
+                })
+            });
+            let (sums, ups) = sums.split_at_mut(streams * most);
+            for (stream, sums) in sums.chunks_exact_mut(most.max(1)).enumerate() {
+                let (rows, sums) = (first(stream)..first(stream) + count, &mut sums[..count]);
+                layer.finish_token(rows.clone(), sums);
+                if layer.up.is_some() {
+                    let ups = &ups[stream * most..stream * most + count];
+                    sums.iter_mut().zip(ups).for_each(|(sum, up)| *sum *= *up);
+                }
+                // SAFETY: inside the output, and these rows belong to this thread.
+                unsafe { layer.store_token(token, rows.start, sums.iter().copied()) };
             }
-            // SAFETY: inside the output, and these rows belong to this thread.
-            unsafe { layer.store_token(token, rows.start, sums.iter().copied()) };
         }
-    }
+    });
     // The chunk that ends the streams has what they leave; those behind it, of a shorter lane, have nothing.
     if at + count == each && (count > 0 || part == 0) {
         few_rows(layer, tokens, rows.start + each * streams..rows.end);
@@ -435,26 +452,32 @@ pub fn expect(pool: &Pool, layers: &[(&Weights, Option<&Weights>)]) {
         return;
     }
     let layers = &layers[..layers.len().min(TOGETHER)];
-    let (Some((w, up)), Some(lanes)) = (layers.first(), Lanes::of(pool, layers.iter().copied())) else {
+    let Some((w, up)) = layers.first() else { return };
+    if !Lanes::suit(pool, layers.iter().copied()) {
         return;
-    };
-    for lane in 0..lanes.lanes {
-        let (rows, each) = lanes.rows(w, 0, lane);
-        let streams = |w: &Weights| {
-            let row = row_bytes(w);
-            Streams {
-                first: w.start() as usize + rows.start * row,
-                apart: each * row,
-                count: lanes.streams[0],
-                bytes: (each * row).min(AHEAD_BYTES / STREAMS),
-            }
+    }
+    let count = if up.is_some() { STREAMS / 2 } else { STREAMS };
+    for lane in 0..pool.lanes() {
+        let rows = rows_of_lane(w, lane, pool.lanes());
+        let row = row_bytes(w);
+        let apart = rows.len() / count * row;
+        let streams = |w: &Weights| Streams {
+            first: w.start() as usize + rows.start * row,
+            apart,
+            count,
+            bytes: apart.min(AHEAD_BYTES / STREAMS),
         };
         pool.announce(lane, [streams(w), up.map_or(Streams::default(), streams)]);
     }
 }
 
+fn rows_of_lane(w: &Weights, lane: usize, lanes: usize) -> Range<usize> {
+    w.rows() * lane / lanes..w.rows() * (lane + 1) / lanes
+}
+
+/// Bytes of a row of weights that are read in far streams.
 fn row_bytes(w: &Weights) -> usize {
-    w.bytes() / w.rows().max(1)
+    w.cols() * far::element_bytes(w)
 }
 
 fn gather_row(x: &View<'_, f32>, row: usize, out: &mut [f32]) {

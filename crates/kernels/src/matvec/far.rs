@@ -13,6 +13,14 @@ pub(crate) fn suits(w: &Weights) -> bool {
     stored && w.cols() >= LONG && memory() == Memory::FarStreams
 }
 
+/// Bytes of a stored number, where [`suits`] says yes.
+pub(crate) fn element_bytes(w: &Weights) -> usize {
+    match w.storage() {
+        Storage::F32(_) => 4,
+        _ => 2,
+    }
+}
+
 /// Multiplies `count` rows of each stream, a matrix and its first row, and as many more as `more` gives, which is asked for the new
 /// count until it gives none; says how many. `sums` has room for the most rows, one stream behind the other.
 ///

@@ -307,8 +307,41 @@ impl std::fmt::Debug for Masks {
 }
 
 impl Region {
+    /// The layout of a part without masks and strides whose bounds lie inside: most are like this.
+    fn plain(&self, whole: &Layout, begin: &[i32], end: &[i32]) -> Option<Layout> {
+        let Masks {
+            stride,
+            begin: masked,
+            end: open,
+            squeeze,
+        } = &self.masks;
+        let plain =
+            stride.iter().all(|&n| n == 1) && ![masked, open, squeeze].iter().any(|m| m.contains(&true));
+        if !plain || begin.len() != self.size.len() || end.len() != self.size.len() {
+            return None;
+        }
+        let mut part = Layout {
+            offset: whole.offset,
+            shape: self.size.clone(),
+            strides: whole.strides.clone(),
+        };
+        for (i, &size) in self.size.iter().enumerate() {
+            let (first, last) = (usize::try_from(begin[i]).ok()?, usize::try_from(end[i]).ok()?);
+            if last > self.shape[i] || first.checked_add(size) != Some(last) {
+                return None;
+            }
+            part.offset = part
+                .offset
+                .checked_add_signed(first as isize * whole.strides[i])?;
+        }
+        Some(part)
+    }
+
     /// The layout of the part inside a value laid out as `whole`.
     fn locate(&self, whole: &Layout, begin: &[i32], end: &[i32]) -> OpResult<Layout> {
+        if let Some(part) = self.plain(whole, begin, end) {
+            return Ok(part);
+        }
         let (first, size) = self.masks.ranges(&self.shape, begin, end)?;
         if size != self.size {
             let (have, want) = (size.as_slice(), self.size.as_slice());
