@@ -10,7 +10,7 @@ pub(crate) const STREAMS: usize = 4;
 /// Whether [`dot_far`] suits these weights on this processor.
 pub(crate) fn suits(w: &Weights) -> bool {
     let stored = matches!(w.storage(), Storage::F32(_) | Storage::F16(_));
-    stored && w.cols() >= LONG && memory() == Memory::FarStreams
+    stored && w.cols() >= LONG && memory() != Memory::OneStream
 }
 
 /// Bytes of a stored number, where [`suits`] says yes.
@@ -77,13 +77,24 @@ struct Far<'a, 'm, T> {
 impl<T: Stored> Kernel for Far<'_, '_, T> {
     type Out = usize;
     #[inline(always)]
-    fn run<S: Simd>(mut self, s: S) -> usize {
+    fn run<S: Simd>(self, s: S) -> usize {
+        match memory() {
+            Memory::FourStreams => self.rows::<S, 2, false>(s, 512),
+            Memory::OneStream | Memory::FarStreams => self.rows::<S, 4, true>(s, 1024),
+        }
+    }
+}
+
+impl<T: Stored> Far<'_, '_, T> {
+    /// In `A` sums for each row, asking memory for what lies `ahead` bytes behind, where `SECOND` to the second cache.
+    #[inline(always)]
+    fn rows<S: Simd, const A: usize, const SECOND: bool>(mut self, s: S, ahead: usize) -> usize {
         let (cols, most) = (self.x.len(), self.sums.len() / STREAMS);
         let mut row = 0;
         loop {
             while row < self.count {
                 let rows = std::array::from_fn(|r| &self.w[r][row * cols..(row + 1) * cols]);
-                let sums = dot_streams::<S, T, STREAMS, 4, true>(s, rows, self.x, 1024);
+                let sums = dot_streams::<S, T, STREAMS, A, SECOND>(s, rows, self.x, ahead);
                 for (stream, sum) in sums.into_iter().enumerate() {
                     self.sums[stream * most + row] = sum;
                 }

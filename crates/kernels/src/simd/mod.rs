@@ -396,7 +396,8 @@ pub(crate) enum Memory {
     /// page early, and 1.02 to 1.06 times as fast as two. A thread reads its streams without a break: each costs half a microsecond.
     /// Processors that were not measured are taken to be like it.
     FarStreams,
-    /// Four that lie far apart, for AVX2: Zen 3 waits for a few lines of one stream at a time, and neighbouring rows are one.
+    /// Four that lie far apart, for AVX2: Zen 3 waits for a few lines of one stream at a time, and neighbouring rows are one. They are
+    /// not interrupted either: 1.07 to 1.1 times as fast, with AVX2 on Zen 4.
     FourStreams,
 }
 
