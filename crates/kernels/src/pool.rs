@@ -4,9 +4,9 @@
 //! a few); each thread takes those of its own lane from its start, one by one, then what is left at the ends of the others. A worker
 //! that the system has taken off its core costs its own chunk at most, one that wakes late finds nothing left and costs nothing, and
 //! what a thread wrote in one job is mostly what it reads in the next, from its own cache. Who has a lane alone may take its next
-//! chunk in the middle of the one before ([`Pool::run_lanes`]): a stream of memory is then not interrupted.
+//! chunk in the middle of the one before (`Pool::run_lanes`): a stream of memory is then not interrupted.
 //!
-//! A thread that waits may know what it will read ([`Pool::announce`]) and asks memory for it.
+//! A thread that waits may know what it will read (`Pool::announce`) and asks memory for it.
 //!
 //! Where cores share no cache, every line that one writes and another reads takes as long as hundreds of additions, so a job
 //! passes few of them: the job itself with its number, a lane for each worker, and the count of what the worker has done.
