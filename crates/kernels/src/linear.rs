@@ -371,7 +371,13 @@ impl Lanes {
             all.streams[i] = if up.is_some() { STREAMS / 2 } else { STREAMS };
             // Rows of the longest stream: lanes differ by a row. One chunk has what is left by streams of equal length.
             let each = w.rows().div_ceil(all.lanes) / all.streams[i];
-            all.step[i] = (FAR_BYTES / (STREAMS * row_bytes(w)).max(1)).clamp(1, FAR_ROWS);
+            let sets = if up.is_some() { 2 } else { 1 };
+            // Threads that share a lane leave their streams behind every chunk.
+            let bytes = match pool.threads() {
+                threads if threads > all.lanes => (w.bytes() * sets / (3 * threads)).max(FAR_BYTES),
+                _ => FAR_BYTES,
+            };
+            all.step[i] = (bytes / (STREAMS * row_bytes(w)).max(1)).clamp(1, FAR_ROWS);
             all.chunks += each.div_ceil(all.step[i]).max(1);
             all.ends[i] = all.chunks;
         }
