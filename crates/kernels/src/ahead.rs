@@ -4,6 +4,15 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+/// Asks memory for a value that is needed soon, as far as the processor can be told.
+#[inline]
+pub fn ask<T: ?Sized>(value: &T) {
+    let first = std::ptr::from_ref(value).cast::<u8>();
+    for line in (0..size_of_val(value)).step_by(64) {
+        crate::simd::ask_first(first.wrapping_add(line));
+    }
+}
+
 /// Stretches of memory that are read side by side.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Streams {

@@ -35,6 +35,7 @@ pub mod strided;
 mod tiles;
 pub mod weights;
 
+pub use ahead::ask;
 pub use arena::{ALIGN_ELEMENTS, Arena};
 pub use attention::{Attention, attention};
 pub use conv::{

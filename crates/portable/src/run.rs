@@ -135,7 +135,12 @@ impl Workspace {
         states: &mut [&mut StateBuffer],
         mut options: RunOptions<'_>,
     ) -> Result<(), Error> {
-        for step in &plan.steps {
+        for (i, step) in plan.steps.iter().enumerate() {
+            // Weights that stream through the caches leave nothing else there.
+            if let [next, behind, ..] = &plan.steps[i + 1..] {
+                kernels::ask(&*next.op);
+                kernels::ask(behind);
+            }
             if let Some(next) = step.then.and_then(|next| plan.steps.get(next)) {
                 next.op.expect(options.pool);
             }
