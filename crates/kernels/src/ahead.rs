@@ -2,6 +2,8 @@
 //!
 //! Between two products of a decoded token one thread rotates, normalises and attends while the others wait, and memory with them.
 
+use crate::simd::ask_line;
+use crate::weights::Lines;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Asks memory for a value that is needed soon, as far as the processor can be told.
@@ -9,19 +11,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 pub fn ask<T: ?Sized>(value: &T) {
     let first = std::ptr::from_ref(value).cast::<u8>();
     for line in (0..size_of_val(value)).step_by(64) {
-        crate::simd::ask_first(first.wrapping_add(line));
+        ask_line::<false>(first.wrapping_add(line));
     }
-}
-
-/// Stretches of memory that are read side by side.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Streams {
-    pub first: usize,
-    /// Bytes from one stretch to the next.
-    pub apart: usize,
-    pub count: usize,
-    /// Bytes of each.
-    pub bytes: usize,
 }
 
 /// Sets of streams that one job reads side by side, at most: a matrix, or a gate and what it multiplies.
@@ -37,9 +28,9 @@ pub(crate) struct Announced {
 }
 
 impl Announced {
-    pub(crate) fn announce(&self, sets: [Streams; SETS]) {
+    pub(crate) fn announce(&self, sets: [Lines; SETS]) {
         for (words, set) in self.sets.iter().zip(sets) {
-            let values = [set.first, set.apart, set.count, set.bytes];
+            let values = [set.first.addr(), set.step, set.rows, set.bytes];
             for (word, value) in words.iter().zip(values) {
                 word.store(value, Ordering::Relaxed);
             }
@@ -53,7 +44,7 @@ impl Announced {
 #[derive(Debug, Default)]
 pub(crate) struct Walk {
     number: usize,
-    sets: [Streams; SETS],
+    sets: [Lines; SETS],
     /// Bytes of each stream that were asked for.
     at: usize,
 }
@@ -66,11 +57,11 @@ impl Walk {
             return;
         }
         let read = |words: &[AtomicUsize; 4]| {
-            let [first, apart, count, bytes] = std::array::from_fn(|i| words[i].load(Ordering::Relaxed));
-            Streams {
-                first,
-                apart,
-                count,
+            let [first, step, rows, bytes] = std::array::from_fn(|i| words[i].load(Ordering::Relaxed));
+            Lines {
+                first: std::ptr::without_provenance(first),
+                step,
+                rows,
                 bytes,
             }
         };
@@ -87,9 +78,9 @@ impl Walk {
         let mut any = false;
         for set in self.sets.iter().filter(|set| self.at < set.bytes) {
             any = true;
-            for stream in 0..set.count {
-                let line = set.first.wrapping_add(stream.wrapping_mul(set.apart));
-                crate::simd::ask_second(line.wrapping_add(self.at) as *const u8);
+            for stream in 0..set.rows {
+                let line = set.first.wrapping_add(stream.wrapping_mul(set.step));
+                ask_line::<true>(line.wrapping_add(self.at));
             }
         }
         self.at += 64;
@@ -108,17 +99,17 @@ mod tests {
         walk.look(&announced);
         assert!(!walk.step(), "nothing was announced");
         let memory = [0_u8; 1024];
-        let set = |bytes| Streams {
-            first: memory.as_ptr() as usize,
-            apart: 512,
-            count: 2,
+        let set = |bytes| Lines {
+            first: memory.as_ptr(),
+            step: 512,
+            rows: 2,
             bytes,
         };
         announced.announce([set(256), set(100)]);
         for _ in 0..2 {
             walk.look(&announced);
             assert_eq!((0..9).filter(|_| walk.step()).count(), 4);
-            announced.announce([set(256), Streams::default()]);
+            announced.announce([set(256), Lines::default()]);
         }
     }
 }

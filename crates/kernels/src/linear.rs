@@ -2,11 +2,10 @@
 //!
 //! Few tokens go vector by vector, reading the weights as stored; more go through the blocked product in `gemm`.
 
-use crate::ahead::Streams;
 use crate::elementwise::{Unary, apply_slice};
 use crate::gemm::{Arithmetic, Gemm, Rows, SQUARE, block_space, opening, pack_panels, panel_width};
 use crate::loops::Shared;
-use crate::matvec::far::{self, STREAMS};
+use crate::matvec::far::{self, Count, STREAMS};
 use crate::matvec::{self, Prepared};
 use crate::pool::{More, Pool};
 use crate::scratch::Scratch;
@@ -292,14 +291,14 @@ fn few_in(lanes: Option<Lanes>, pool: &Pool, x: View<'_, f32>, layers: &[Layer<'
         *token = matvec::prepare(row, &all[..2 * layers.len()], prepared);
         space = rest;
     }
-    let bytes = |layer: &Layer<'_>| layer.w.bytes() + layer.up.map_or(0, Weights::bytes);
-    let total: usize = layers.iter().map(bytes).sum();
     if let Some(lanes) = lanes {
         return pool.run_lanes(lanes.chunks, &|lane, chunk, more| {
             let (which, part) = lanes.part(chunk);
             far_rows(&layers[which], &tokens[..m], (&lanes, which), (lane, part), more);
         });
     }
+    let bytes = |layer: &Layer<'_>| layer.w.bytes() + layer.up.map_or(0, Weights::bytes);
+    let total: usize = layers.iter().map(bytes).sum();
     let mut ends = [0_usize; 8];
     let mut chunks = 0;
     for (end, layer) in ends.iter_mut().zip(layers) {
@@ -307,15 +306,19 @@ fn few_in(lanes: Option<Lanes>, pool: &Pool, x: View<'_, f32>, layers: &[Layer<'
         *end = chunks;
     }
     pool.run(chunks, &|chunk| {
-        let which = ends
-            .iter()
-            .position(|end| chunk < *end)
-            .expect("chunks were counted over the layers");
+        let (which, part) = part_of(&ends, chunk);
         let layer = &layers[which];
         let rows = chunk_rows(pool, layer, m, total);
-        let first = (chunk - if which == 0 { 0 } else { ends[which - 1] }) * rows;
+        let first = part * rows;
         few_rows(layer, &tokens[..m], first..(first + rows).min(layer.w.rows()));
     });
+}
+
+/// The layer that a chunk belongs to, `ends` being where the chunks of each end, and which of its chunks it is.
+fn part_of(ends: &[usize], chunk: usize) -> (usize, usize) {
+    let which = ends.iter().position(|end| chunk < *end);
+    let which = which.expect("chunks were counted over the layers");
+    (which, chunk - if which == 0 { 0 } else { ends[which - 1] })
 }
 
 /// Bytes of a chunk that a thread takes without leaving its streams.
@@ -359,7 +362,7 @@ impl Lanes {
 
     fn suit<'a>(pool: &Pool, mut layers: impl Iterator<Item = (&'a Weights, Option<&'a Weights>)>) -> bool {
         let suits = |w: &Weights| far::suits(w) && w.bytes() >= 2 * CHUNK_BYTES * pool.lanes();
-        layers.all(|(w, up)| suits(w) && up.is_none_or(suits))
+        layers.all(|(w, up)| suits(w) && up.is_none_or(|up| far::alike(w, up)))
     }
 
     fn spread<'a>(pool: &Pool, layers: impl Iterator<Item = (&'a Weights, Option<&'a Weights>)>) -> Lanes {
@@ -368,7 +371,7 @@ impl Lanes {
             ..Lanes::default()
         };
         for (i, (w, up)) in layers.enumerate() {
-            all.streams[i] = if up.is_some() { STREAMS / 2 } else { STREAMS };
+            all.streams[i] = streams_of(up);
             // Rows of the longest stream: lanes differ by a row. One chunk has what is left by streams of equal length.
             let each = w.rows().div_ceil(all.lanes) / all.streams[i];
             let sets = if up.is_some() { 2 } else { 1 };
@@ -377,7 +380,7 @@ impl Lanes {
                 threads if threads > all.lanes => (w.bytes() * sets / (3 * threads)).max(FAR_BYTES),
                 _ => FAR_BYTES,
             };
-            all.step[i] = (bytes / (STREAMS * row_bytes(w)).max(1)).clamp(1, FAR_ROWS);
+            all.step[i] = (bytes / (STREAMS * w.row_bytes()).max(1)).clamp(1, FAR_ROWS);
             all.chunks += each.div_ceil(all.step[i]).max(1);
             all.ends[i] = all.chunks;
         }
@@ -386,9 +389,7 @@ impl Lanes {
 
     /// The layer that a chunk of a lane belongs to, and which of its chunks it is.
     fn part(&self, chunk: usize) -> (usize, usize) {
-        let which = self.ends.iter().position(|end| chunk < *end);
-        let which = which.expect("chunks were counted over the layers");
-        (which, chunk - if which == 0 { 0 } else { self.ends[which - 1] })
+        part_of(&self.ends, chunk)
     }
 
     /// Rows of layer `which` in a lane, and those of each stream.
@@ -399,7 +400,8 @@ impl Lanes {
     }
 }
 
-/// Chunk `part` of what a lane has of a layer (nothing, where lanes are shorter than the longest), and those behind it as long as `more` gives them, for every token.
+/// Chunk `part` of what a lane has of a layer (nothing, where lanes are shorter than the longest), and those behind it as long as
+/// `more` gives them, for every token.
 fn far_rows(
     layer: &Layer<'_>,
     tokens: &[Prepared<'_>],
@@ -424,14 +426,16 @@ fn far_rows(
     SUMS.with_borrow_mut(|space| {
         for (token, x) in tokens.iter().enumerate() {
             let sums = &mut space[..STREAMS * most];
-            count = far::dot_far(places, x.x, count, sums, &mut || {
+            let rows = count;
+            let more = &mut || {
                 // What one token meets, all meet.
                 let longer = token == 0 && count < most && more();
                 longer.then(|| {
                     count = (count + step).min(most);
                     count
                 })
-            });
+            };
+            far::dot_far(places, x.x, Count { rows, more }, sums);
             let (sums, ups) = sums.split_at_mut(streams * most);
             for (stream, sums) in sums.chunks_exact_mut(most.max(1)).enumerate() {
                 let (rows, sums) = (first(stream)..first(stream) + count, &mut sums[..count]);
@@ -453,37 +457,30 @@ fn far_rows(
 
 /// Says that these matrices, each with what it is multiplied with, are read next by a call for few tokens: threads that wait ask
 /// memory for them. Without effect where that does not pay.
-pub fn expect(pool: &Pool, layers: &[(&Weights, Option<&Weights>)]) {
-    if pool.threads() == 1 {
+pub fn expect<'a>(pool: &Pool, layers: impl Iterator<Item = (&'a Weights, Option<&'a Weights>)> + Clone) {
+    let layers = layers.take(TOGETHER);
+    let Some((w, up)) = layers.clone().next() else {
+        return;
+    };
+    if pool.threads() == 1 || !Lanes::suit(pool, layers) {
         return;
     }
-    let layers = &layers[..layers.len().min(TOGETHER)];
-    let Some((w, up)) = layers.first() else { return };
-    if !Lanes::suit(pool, layers.iter().copied()) {
-        return;
-    }
-    let count = if up.is_some() { STREAMS / 2 } else { STREAMS };
+    let count = streams_of(up);
     for lane in 0..pool.lanes() {
         let rows = rows_of_lane(w, lane, pool.lanes());
-        let row = row_bytes(w);
-        let apart = rows.len() / count * row;
-        let streams = |w: &Weights| Streams {
-            first: w.start() as usize + rows.start * row,
-            apart,
-            count,
-            bytes: apart.min(AHEAD_BYTES / STREAMS),
-        };
-        pool.announce(lane, [streams(w), up.map_or(Streams::default(), streams)]);
+        let each = rows.len() / count;
+        let streams = |w: &Weights| w.streams(rows.start, each, count, AHEAD_BYTES / STREAMS);
+        pool.announce(lane, [streams(w), up.map_or(Lines::default(), streams)]);
     }
+}
+
+/// Streams in the rows of a matrix; the others are those of `up`, what it is multiplied with.
+fn streams_of(up: Option<&Weights>) -> usize {
+    if up.is_some() { STREAMS / 2 } else { STREAMS }
 }
 
 fn rows_of_lane(w: &Weights, lane: usize, lanes: usize) -> Range<usize> {
     w.rows() * lane / lanes..w.rows() * (lane + 1) / lanes
-}
-
-/// Bytes of a row of weights that are read in far streams.
-fn row_bytes(w: &Weights) -> usize {
-    w.cols() * far::element_bytes(w)
 }
 
 fn gather_row(x: &View<'_, f32>, row: usize, out: &mut [f32]) {
@@ -907,6 +904,31 @@ mod tests {
                     let expected = product(&x, &all[1], i, j);
                     prop_assert!((other[i * more + j] - expected).abs() < bound(expected), "other [{i}, {j}]");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn a_gate_may_be_stored_otherwise_than_what_it_is_multiplied_with() {
+        let (pool, mut seed) = (Pool::new(2), 5);
+        let (n, k) = (300, 320);
+        let x: Vec<f32> = (0..k).map(|_| random(&mut seed)).collect();
+        for kinds in [(0, 1), (1, 0), (1, 2), (4, 1)] {
+            let (gate, up) = (
+                weights(n, k, kinds.0, &mut seed),
+                weights(n, k, kinds.1, &mut seed),
+            );
+            let mut y = vec![f32::NAN; n];
+            let (x_shape, shape) = ([1, k], [1, n]);
+            let view = View::new(&x, 0, &x_shape, &[320, 1]).unwrap();
+            let out = ViewMut::new(&mut y, 0, &shape, &[300, 1]).unwrap();
+            expect(&pool, std::iter::once((&gate, Some(&up))));
+            let how = (Unary::Tanh, Arithmetic::F32);
+            gated(&pool, view, (&gate, &up), how, out, &mut Scratch::new());
+            for (j, found) in y.iter().enumerate() {
+                let (sum, other) = (product(&x, &gate, 0, j), product(&x, &up, 0, j));
+                let bound = 2e-3 * (1.0 + other.abs());
+                assert!((found - sum.tanh() * other).abs() < bound, "{kinds:?} [{j}]");
             }
         }
     }

@@ -273,6 +273,8 @@ fn int_dot(affine: &crate::weights::Affine, x: fixed::FixedX<'_>, rows: Range<us
 
 /// A stored number that vectors are loaded from.
 pub(crate) trait Stored: Copy {
+    /// The numbers of a matrix that is stored like this, row by row.
+    fn all(w: &Weights) -> Option<&[Self]>;
     /// # Safety
     /// `S::LANES` numbers are readable at `p`.
     unsafe fn load<S: Simd>(s: S, p: *const Self) -> S::F;
@@ -280,6 +282,12 @@ pub(crate) trait Stored: Copy {
 }
 
 impl Stored for f32 {
+    fn all(w: &Weights) -> Option<&[f32]> {
+        match w.storage() {
+            Storage::F32(data) => Some(data.f32()),
+            _ => None,
+        }
+    }
     #[inline(always)]
     unsafe fn load<S: Simd>(s: S, p: *const Self) -> S::F {
         // SAFETY: the caller's.
@@ -292,6 +300,12 @@ impl Stored for f32 {
 }
 
 impl Stored for f16 {
+    fn all(w: &Weights) -> Option<&[f16]> {
+        match w.storage() {
+            Storage::F16(data) => Some(data.f16()),
+            _ => None,
+        }
+    }
     #[inline(always)]
     unsafe fn load<S: Simd>(s: S, p: *const Self) -> S::F {
         // SAFETY: the caller's.

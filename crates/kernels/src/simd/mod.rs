@@ -371,25 +371,20 @@ pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Out {
     }
 }
 
-/// As [`ask_second`], to the first cache.
+/// Asks memory for a line, where `SECOND` to the second cache, as far as the processor can be told: any address will do.
 #[inline(always)]
-pub(crate) fn ask_first(line: *const u8) {
+pub(crate) fn ask_line<const SECOND: bool>(line: *const u8) {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: every x86-64 processor has the instruction; no address makes it fail.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = line;
-}
-
-/// Asks memory for a line, to the second cache, where the processor can be told: any address will do.
-#[inline(always)]
-pub(crate) fn ask_second(line: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: every x86-64 processor has the instruction; no address makes it fail.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(line.cast());
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+        // SAFETY: every x86-64 processor has the instruction; no address makes it fail.
+        unsafe {
+            if SECOND {
+                _mm_prefetch::<_MM_HINT_T1>(line.cast());
+            } else {
+                _mm_prefetch::<_MM_HINT_T0>(line.cast());
+            }
+        }
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = line;

@@ -288,12 +288,7 @@ impl Weights {
 
     /// Where the part of some rows lies that [`Weights::decode_block`] reads, when it does little besides waiting for it.
     pub(crate) fn lines(&self, rows: Range<usize>, first: usize, depth: usize) -> Lines {
-        let (data, bits) = match self.storage() {
-            Storage::F32(data) => (&data.0, 32),
-            Storage::F16(data) => (&data.0, 16),
-            Storage::Lut(lut) => (&lut.indices, lut.bits as usize),
-            Storage::Affine(affine) => (&affine.data, affine.bits as usize),
-        };
+        let (data, bits) = self.numbers();
         let row = self.cols() * bits;
         if rows.end > self.rows() || !row.is_multiple_of(8) {
             return Lines::default();
@@ -306,12 +301,29 @@ impl Weights {
         }
     }
 
-    /// Where the first row begins, palettes and integers aside from their tables and scales.
-    pub(crate) fn start(&self) -> *const u8 {
+    /// Where `count` streams of `each` rows that follow each other from row `first` on begin, `most` bytes of each.
+    pub(crate) fn streams(&self, first: usize, each: usize, count: usize, most: usize) -> Lines {
+        let row = self.row_bytes();
+        Lines {
+            first: self.numbers().0.as_ptr().wrapping_add(first * row),
+            step: each * row,
+            rows: count,
+            bytes: most.min(each * row),
+        }
+    }
+
+    /// Bytes of a row, of the whole ones where numbers lie across them.
+    pub(crate) fn row_bytes(&self) -> usize {
+        self.cols() * self.numbers().1 / 8
+    }
+
+    /// What is stored for each number, apart from tables and scales, and its bits.
+    fn numbers(&self) -> (&Bytes, usize) {
         match self.storage() {
-            Storage::F32(data) | Storage::F16(data) => data.0.as_ptr(),
-            Storage::Lut(lut) => lut.indices.as_ptr(),
-            Storage::Affine(affine) => affine.data.as_ptr(),
+            Storage::F32(data) => (&data.0, 32),
+            Storage::F16(data) => (&data.0, 16),
+            Storage::Lut(lut) => (&lut.indices, lut.bits as usize),
+            Storage::Affine(affine) => (&affine.data, affine.bits as usize),
         }
     }
 
@@ -422,10 +434,10 @@ impl<T: Stored> Kernel for RoundedRows<'_, T> {
 /// Equal stretches of memory, a step apart.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Lines {
-    first: *const u8,
-    step: usize,
-    rows: usize,
-    bytes: usize,
+    pub first: *const u8,
+    pub step: usize,
+    pub rows: usize,
+    pub bytes: usize,
 }
 
 impl Lines {

@@ -123,7 +123,7 @@ impl Op for Linear {
     }
 
     fn expect(&self, pool: &kernels::Pool) {
-        kernels::linear_expect(pool, &[(&self.weights, None)]);
+        kernels::linear_expect(pool, std::iter::once((&self.weights, None)));
     }
 
     fn weight_bytes(&self) -> usize {
@@ -240,7 +240,7 @@ impl Op for Gated {
     }
 
     fn expect(&self, pool: &kernels::Pool) {
-        kernels::linear_expect(pool, &[(&self.gate, Some(&self.up))]);
+        kernels::linear_expect(pool, std::iter::once((&self.gate, Some(&self.up))));
     }
 
     fn weight_bytes(&self) -> usize {
@@ -303,8 +303,7 @@ impl Op for LinearMany {
     }
 
     fn expect(&self, pool: &kernels::Pool) {
-        let layers: SmallVec<[_; 8]> = self.layers.iter().map(|l| (&l.weights, None)).collect();
-        kernels::linear_expect(pool, &layers);
+        kernels::linear_expect(pool, self.layers.iter().map(|l| (&l.weights, None)));
     }
 
     fn weight_bytes(&self) -> usize {
