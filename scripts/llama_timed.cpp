@@ -1,7 +1,7 @@
 // Times llama.cpp for bench.py, by its C interface alone: a build of the library is enough.
 //
 //     llama_timed MODEL.gguf THREADS          takes requests, see below
-//     llama_timed MODEL.gguf OUT.gguf F16     writes the model as F16 or Q4_0
+//     llama_timed MODEL.gguf OUT.gguf F16     writes the model as BF16, F16 or Q4_0
 //
 // Requests are the lines of standard input; each is answered by one line:
 //     prefill N         nanoseconds of a prompt of N tokens, without a prediction at its end
@@ -66,7 +66,7 @@ static void prefill(llama_context * context, const Tokens & tokens) {
 
 static int quantize(const char * from, const char * to, const std::string & kind) {
     auto params = llama_model_quantize_default_params();
-    params.ftype = kind == "Q4_0" ? LLAMA_FTYPE_MOSTLY_Q4_0 : LLAMA_FTYPE_MOSTLY_F16;
+    params.ftype = kind == "Q4_0" ? LLAMA_FTYPE_MOSTLY_Q4_0 : kind == "BF16" ? LLAMA_FTYPE_MOSTLY_BF16 : LLAMA_FTYPE_MOSTLY_F16;
     params.allow_requantize = true;
     params.nthread = 2;
     return (int) llama_model_quantize(from, to, &params);
@@ -76,7 +76,7 @@ int main(int argc, char ** argv) {
     llama_log_set([](ggml_log_level level, const char * text, void *) { if (level == GGML_LOG_LEVEL_ERROR) fputs(text, stderr); }, nullptr);
     llama_backend_init();
     if (argc == 4) return quantize(argv[1], argv[2], argv[3]);
-    if (argc != 3) fail("llama_timed MODEL.gguf THREADS, or MODEL.gguf OUT.gguf F16|Q4_0");
+    if (argc != 3) fail("llama_timed MODEL.gguf THREADS, or MODEL.gguf OUT.gguf BF16|F16|Q4_0");
     auto * model = llama_model_load_from_file(argv[1], llama_model_default_params());
     if (!model) fail("no model");
     auto params = llama_context_default_params();

@@ -69,7 +69,7 @@ impl<'a> Rows<'a> {
     /// The rows of `weights`, in place where they are `f32`.
     pub(crate) fn of(weights: &'a Weights) -> Self {
         match weights.storage() {
-            Storage::F32(data) => Rows::Dense {
+            Storage::F32(data) if weights.bf12().is_none() => Rows::Dense {
                 first: Shared::of(data.f32().as_ptr()),
                 stride: weights.cols() as isize,
             },

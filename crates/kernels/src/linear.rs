@@ -11,7 +11,7 @@ use crate::pool::{More, Pool};
 use crate::scratch::Scratch;
 use crate::simd::{Kernel, Simd, dispatch, dispatch_pairs, has_pairs};
 use crate::strided::{View, ViewMut};
-use crate::weights::{Lines, Round, Weights};
+use crate::weights::{Lines, Read, Round, Weights};
 use half::bf16;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -48,9 +48,9 @@ pub struct Epilogue<'a> {
 /// One weight matrix applied to the common input.
 #[derive(Debug, Clone, Copy)]
 struct Layer<'a> {
-    w: &'a Weights,
+    w: Read<'a>,
     /// Multiplies the activated result.
-    up: Option<&'a Weights>,
+    up: Option<Read<'a>>,
     bias: Option<&'a [f32]>,
     activation: Option<Unary>,
     residual: Option<(Shared<f32>, [isize; 2])>,
@@ -82,7 +82,7 @@ impl<'a> Layer<'a> {
         let steps = [y.strides()[0], y.strides()[1]];
         let (bias, activation) = (epilogue.bias, epilogue.activation);
         Layer {
-            w,
+            w: Read::of(w),
             up: None,
             bias,
             activation,
@@ -171,8 +171,12 @@ pub fn linear(
     epilogue: &Epilogue<'_>,
     scratch: &mut Scratch,
 ) {
+    let tokens = x.shape()[0];
+    if tokens <= FEW_TOKENS {
+        w.used(pool, None);
+    }
     let layer = Layer::new(w, &x, &mut y, epilogue);
-    if x.shape()[0] <= FEW_TOKENS {
+    if tokens <= FEW_TOKENS {
         few(pool, x, &[layer], scratch);
     } else {
         many(pool, x, &[layer], scratch);
@@ -200,11 +204,15 @@ pub fn gated(
         arithmetic,
         ..Epilogue::default()
     };
+    let tokens = x.shape()[0];
+    if tokens <= FEW_TOKENS {
+        gate.used(pool, Some(up));
+    }
     let layer = Layer {
-        up: Some(up),
+        up: Some(Read::of(up)),
         ..Layer::new(gate, &x, &mut y, &epilogue)
     };
-    if x.shape()[0] <= FEW_TOKENS {
+    if tokens <= FEW_TOKENS {
         few(pool, x, &[layer], scratch);
     } else {
         many(pool, x, &[layer], scratch);
@@ -225,6 +233,10 @@ pub fn linear_many(
 ) {
     assert_eq!(layers.len(), outputs.len(), "as many outputs as layers");
     for (layers, outputs) in layers.chunks(TOGETHER).zip(outputs.chunks_mut(TOGETHER)) {
+        let tokens = x.shape()[0];
+        if tokens <= FEW_TOKENS {
+            layers.iter().for_each(|(w, _)| w.used(pool, None));
+        }
         let mut parts: [Option<Layer<'_>>; TOGETHER] = [None; TOGETHER];
         for ((part, (w, bias)), y) in parts.iter_mut().zip(layers).zip(outputs) {
             *part = Some(Layer::new(
@@ -240,7 +252,7 @@ pub fn linear_many(
         }
         let Some(first) = parts[0] else { return };
         let parts = parts.map(|part| part.unwrap_or(first));
-        if x.shape()[0] <= FEW_TOKENS {
+        if tokens <= FEW_TOKENS {
             few(pool, x, &parts[..layers.len()], scratch);
         } else {
             many(pool, x, &parts[..layers.len()], scratch);
@@ -270,10 +282,10 @@ fn few_in(lanes: Option<Lanes>, pool: &Pool, x: View<'_, f32>, layers: &[Layer<'
     }
     let each = k.next_multiple_of(16) + matvec::prepared_len(k);
     let mut space = scratch.f32(m * each);
-    let mut all: [&Weights; 16] = [layers[0].w; 16];
+    let mut all: [&Weights; 16] = [layers[0].w.weights; 16];
     for (i, layer) in layers.iter().enumerate() {
-        all[2 * i] = layer.w;
-        all[2 * i + 1] = layer.up.unwrap_or(layer.w);
+        all[2 * i] = layer.w.weights;
+        all[2 * i + 1] = layer.up.unwrap_or(layer.w).weights;
     }
     let empty: &[f32] = &[];
     let mut tokens = [matvec::unprepared(empty); FEW_TOKENS];
@@ -297,7 +309,7 @@ fn few_in(lanes: Option<Lanes>, pool: &Pool, x: View<'_, f32>, layers: &[Layer<'
             far_rows(&layers[which], &tokens[..m], (&lanes, which), (lane, part), more);
         });
     }
-    let bytes = |layer: &Layer<'_>| layer.w.bytes() + layer.up.map_or(0, Weights::bytes);
+    let bytes = |layer: &Layer<'_>| layer.w.bytes() + layer.up.map_or(0, Read::bytes);
     let total: usize = layers.iter().map(bytes).sum();
     let mut ends = [0_usize; 8];
     let mut chunks = 0;
@@ -355,17 +367,17 @@ impl Lanes {
     /// None where other ways suit the weights.
     fn of<'a>(
         pool: &Pool,
-        layers: impl Iterator<Item = (&'a Weights, Option<&'a Weights>)> + Clone,
+        layers: impl Iterator<Item = (Read<'a>, Option<Read<'a>>)> + Clone,
     ) -> Option<Lanes> {
         Lanes::suit(pool, layers.clone()).then(|| Lanes::spread(pool, layers))
     }
 
-    fn suit<'a>(pool: &Pool, mut layers: impl Iterator<Item = (&'a Weights, Option<&'a Weights>)>) -> bool {
-        let suits = |w: &Weights| far::suits(w) && w.bytes() >= 2 * CHUNK_BYTES * pool.lanes();
-        layers.all(|(w, up)| suits(w) && up.is_none_or(|up| far::alike(w, up)))
+    fn suit<'a>(pool: &Pool, mut layers: impl Iterator<Item = (Read<'a>, Option<Read<'a>>)>) -> bool {
+        let suits = |w: Read<'_>| far::suits(w) && w.bytes() >= 2 * CHUNK_BYTES * pool.lanes();
+        layers.all(|(w, up)| suits(w) && up.is_none_or(|up| w.is_like(up)))
     }
 
-    fn spread<'a>(pool: &Pool, layers: impl Iterator<Item = (&'a Weights, Option<&'a Weights>)>) -> Lanes {
+    fn spread<'a>(pool: &Pool, layers: impl Iterator<Item = (Read<'a>, Option<Read<'a>>)>) -> Lanes {
         let mut all = Lanes {
             lanes: pool.lanes(),
             ..Lanes::default()
@@ -393,7 +405,7 @@ impl Lanes {
     }
 
     /// Rows of layer `which` in a lane, and those of each stream.
-    fn rows(&self, w: &Weights, which: usize, lane: usize) -> (Range<usize>, usize) {
+    fn rows(&self, w: Read<'_>, which: usize, lane: usize) -> (Range<usize>, usize) {
         let rows = rows_of_lane(w, lane, self.lanes);
         let each = rows.len() / self.streams[which];
         (rows, each)
@@ -459,6 +471,7 @@ fn far_rows(
 /// memory for them. Without effect where that does not pay.
 pub fn expect<'a>(pool: &Pool, layers: impl Iterator<Item = (&'a Weights, Option<&'a Weights>)> + Clone) {
     let layers = layers.take(TOGETHER);
+    let layers = layers.map(|(w, up)| (Read::of(w), up.map(Read::of)));
     let Some((w, up)) = layers.clone().next() else {
         return;
     };
@@ -469,17 +482,17 @@ pub fn expect<'a>(pool: &Pool, layers: impl Iterator<Item = (&'a Weights, Option
     for lane in 0..pool.lanes() {
         let rows = rows_of_lane(w, lane, pool.lanes());
         let each = rows.len() / count;
-        let streams = |w: &Weights| w.streams(rows.start, each, count, AHEAD_BYTES / STREAMS);
+        let streams = |w: Read<'_>| w.streams(rows.start, each, count, AHEAD_BYTES / STREAMS);
         pool.announce(lane, [streams(w), up.map_or(Lines::default(), streams)]);
     }
 }
 
 /// Streams in the rows of a matrix; the others are those of `up`, what it is multiplied with.
-fn streams_of(up: Option<&Weights>) -> usize {
+fn streams_of(up: Option<Read<'_>>) -> usize {
     if up.is_some() { STREAMS / 2 } else { STREAMS }
 }
 
-fn rows_of_lane(w: &Weights, lane: usize, lanes: usize) -> Range<usize> {
+fn rows_of_lane(w: Read<'_>, lane: usize, lanes: usize) -> Range<usize> {
     w.rows() * lane / lanes..w.rows() * (lane + 1) / lanes
 }
 
@@ -564,7 +577,9 @@ fn many(pool: &Pool, x: View<'_, f32>, layers: &[Layer<'_>], scratch: &mut Scrat
     pool.run_indexed(chunks, &|worker, chunk| {
         let (layer, rows, range) = part(chunk).expect("chunks were counted over the layers");
         // A thread has its chunks one after the other.
-        let then = part(chunk + 1).map_or(Lines::default(), |(next, rows, _)| opening(next.w, rows, pairs));
+        let then = part(chunk + 1).map_or(Lines::default(), |(next, rows, _)| {
+            opening(next.w.weights, rows, pairs)
+        });
         // SAFETY: each worker has its own part of `work`.
         let work = unsafe { work.of(worker) };
         many_rows(layer, packed, (m, k), (rows, then), range, work);
@@ -623,9 +638,11 @@ fn many_rows(
         Gemm {
             panels: packed,
             k,
-            rows: rows_of(layer.w),
+            rows: rows_of(layer.w.weights),
             pairs: layer.pairs,
-            then: layer.up.map_or(then, |up| opening(up, rows.clone(), layer.pairs)),
+            then: layer
+                .up
+                .map_or(then, |up| opening(up.weights, rows.clone(), layer.pairs)),
         }
         .block(rows.clone(), panels.clone(), sums, space)
     };
@@ -638,7 +655,7 @@ fn many_rows(
             Gemm {
                 panels: packed,
                 k,
-                rows: rows_of(up),
+                rows: rows_of(up.weights),
                 pairs: layer.pairs,
                 then,
             }
@@ -741,14 +758,33 @@ mod tests {
     use proptest::prelude::*;
 
     fn weights(rows: usize, cols: usize, kind: usize, seed: &mut u64) -> Weights {
-        let data: Vec<f32> = (0..rows * cols).map(|_| random(seed)).collect();
+        let mut data: Vec<f32> = (0..rows * cols).map(|_| random(seed)).collect();
         let bytes: Vec<u8> = (0..rows * cols)
             .map(|_| (random(seed) * 128.0 + 128.0) as u8)
             .collect();
+        if kind >= 6 {
+            data.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32());
+            data.iter_mut().step_by(977).for_each(|x| *x = 2.0_f32.powi(-20));
+            let packed = weights_of(rows, cols, kind - 6, &data, &bytes, seed);
+            packed.pack(&Pool::new(1));
+            assert_eq!(packed.bf12().is_some(), cols.is_multiple_of(64));
+            return packed;
+        }
+        weights_of(rows, cols, kind, &data, &bytes, seed)
+    }
+
+    fn weights_of(
+        rows: usize,
+        cols: usize,
+        kind: usize,
+        data: &[f32],
+        bytes: &[u8],
+        seed: &mut u64,
+    ) -> Weights {
         match kind {
-            0 => Weights::from_f32(rows, cols, bytemuck::cast_slice(&data).to_vec().into()),
+            0 => Weights::from_f32(rows, cols, bytemuck::cast_slice(data).to_vec().into()),
             1 => {
-                let data: Vec<f16> = data.into_iter().map(f16::from_f32).collect();
+                let data: Vec<f16> = data.iter().map(|x| f16::from_f32(*x)).collect();
                 Weights::from_f16(rows, cols, bytemuck::cast_slice(&data).to_vec().into())
             }
             2 | 3 => {
@@ -764,7 +800,7 @@ mod tests {
                 cols,
                 8,
                 true,
-                bytes.into(),
+                bytes.to_vec().into(),
                 vec![0.01; rows],
                 Some(vec![3.0; rows]),
                 1,
@@ -804,11 +840,12 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(150))]
         #[test]
         fn layers_of_any_size_storage_and_layout_agree_with_the_definition(
-            m in 1_usize..40, n in 1_usize..120, k in 1_usize..330, kind in 0_usize..6, seed in any::<u64>(),
+            m in 1_usize..40, n in 1_usize..120, k in 1_usize..330, kind in 0_usize..8, seed in any::<u64>(),
             transposed in any::<bool>(), extras in 0_usize..4, threads in 1_usize..4,
         ) {
             let pool = Pool::new(threads);
             let mut seed = seed;
+            let k = if kind >= 6 { k.next_multiple_of(64) } else { k };
             let w = weights(n, k, kind, &mut seed);
             let up = weights(n, k, kind, &mut seed);
             let x: Vec<f32> = (0..m * k).map(|_| random(&mut seed)).collect();
@@ -859,13 +896,13 @@ mod tests {
         #[test]
         fn far_streams_agree_with_the_definition_for_any_number_of_rows(
             m in 1_usize..=FEW_TOKENS, n in 1_usize..1500, more in 1_usize..40, k in 1_usize..70, wide in any::<bool>(),
-            single in any::<bool>(), extras in 0_usize..4, threads in 1_usize..10, seed in any::<u64>(),
+            kind in 0_usize..4, extras in 0_usize..4, threads in 1_usize..10, seed in any::<u64>(),
         ) {
             let pool = Pool::new(threads);
             let mut seed = seed;
             // Rows so long that a chunk has few of them, or many short ones.
             let (n, k) = if wide { (n / 10 + 1, k * 16) } else { (n, k) };
-            let kind = usize::from(!single);
+            let (kind, k) = if kind >= 2 { (kind + 4, k.next_multiple_of(64)) } else { (kind, k) };
             let all = [weights(n, k, kind, &mut seed), weights(more, k, kind, &mut seed)];
             let up = weights(n, k, kind, &mut seed);
             let x: Vec<f32> = (0..m * k).map(|_| random(&mut seed)).collect();
@@ -885,7 +922,7 @@ mod tests {
             let mut out = ViewMut::new(&mut y, 0, &shape, &strides).unwrap();
             let mut other_out = ViewMut::new(&mut other, 0, &other_shape, &other_strides).unwrap();
             let mut layer = Layer::new(&all[0], &view, &mut out, &epilogue);
-            layer.up = (extras == 3).then_some(&up);
+            layer.up = (extras == 3).then_some(Read::of(&up));
             let layers = [layer, Layer::new(&all[1], &view, &mut other_out, &Epilogue::default())];
             let lanes = Lanes::spread(&pool, layers.iter().map(|layer| (layer.w, layer.up)));
             few_in(Some(lanes), &pool, view, &layers, &mut Scratch::new());
@@ -913,7 +950,7 @@ mod tests {
         let (pool, mut seed) = (Pool::new(2), 5);
         let (n, k) = (300, 320);
         let x: Vec<f32> = (0..k).map(|_| random(&mut seed)).collect();
-        for kinds in [(0, 1), (1, 0), (1, 2), (4, 1)] {
+        for kinds in [(0, 1), (1, 0), (1, 2), (4, 1), (6, 0), (1, 7), (6, 7)] {
             let (gate, up) = (
                 weights(n, k, kinds.0, &mut seed),
                 weights(n, k, kinds.1, &mut seed),

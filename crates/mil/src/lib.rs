@@ -37,6 +37,6 @@ pub use error::{Error, Result};
 pub use model::Model;
 pub use program::*;
 pub use same::{Difference, same_program};
-pub use source::Source;
+pub use source::{Mapped, Source};
 pub use text::{parse_program, print_program};
 pub use write::PackageWriter;

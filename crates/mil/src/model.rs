@@ -13,7 +13,7 @@ use crate::package;
 use crate::program::{
     Argument, Attributes, BlobRef, Block, Program, TensorType, Value, ValueData, ValueType,
 };
-use crate::source::{Contents, Source, join, parent};
+use crate::source::{Contents, Mapped, Source, join, parent};
 use crate::spec::read_spec;
 
 /// A Core ML model as it is on disk or in memory.
@@ -163,7 +163,14 @@ impl Model {
     /// Says that bytes from [`Model::blob`] are not needed in memory for now, because they were copied in another form. The
     /// system may take the memory back; the bytes are read from the file again when they are looked at again.
     pub fn release(&self, blob: &Bytes) {
-        self.weights.values().for_each(|file| file.contents.release(blob));
+        if let Some(mapped) = self.mapped(blob) {
+            mapped.release();
+        }
+    }
+
+    /// The part of a mapped file that bytes from [`Model::blob`] are, for who wants to release it later; none for other bytes.
+    pub fn mapped(&self, blob: &Bytes) -> Option<Mapped> {
+        self.weights.values().find_map(|file| file.contents.mapped(blob))
     }
 
     /// The elements of a tensor value, whether they are written in the program or in a weight file; `None` for strings

@@ -109,20 +109,36 @@ impl Contents {
         Contents { bytes, map: None }
     }
 
-    /// Lets go of the memory that holds `part` of a mapped file; it is read again when it is looked at again. Does nothing for
-    /// other bytes.
-    pub(crate) fn release(&self, part: &Bytes) {
-        let Some(map) = &self.map else { return };
-        let start = part.as_ptr().addr().checked_sub(map.as_ptr().addr());
-        let Some(start) = start.filter(|start| start + part.len() <= map.len()) else {
-            return;
-        };
+    /// Where `part` is in a mapped file; none for other bytes.
+    pub(crate) fn mapped(&self, part: &Bytes) -> Option<Mapped> {
+        let map = self.map.as_ref()?;
+        let start = part.as_ptr().addr().checked_sub(map.as_ptr().addr())?;
+        (start + part.len() <= map.len()).then(|| Mapped {
+            map: map.clone(),
+            start,
+            len: part.len(),
+        })
+    }
+}
+
+/// A part of a mapped file.
+#[derive(Debug, Clone)]
+pub struct Mapped {
+    map: Arc<Mmap>,
+    start: usize,
+    len: usize,
+}
+
+impl Mapped {
+    /// Lets go of the memory that holds this part; it is read from the file again when it is looked at again.
+    pub fn release(&self) {
         #[cfg(unix)]
         {
             use memmap2::UncheckedAdvice;
+            let (map, start, len) = (&self.map, self.start, self.len);
             // SAFETY: the map is only read and shows a file, so the same bytes come back from it, by the condition stated at
             // `Source::directory`.
-            let done = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, part.len()) };
+            let done = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, len) };
             // Advice that is not taken leaves the memory as it was.
             let _ = done;
         }
@@ -245,8 +261,8 @@ mod tests {
         assert_eq!(source.read("big").unwrap(), big);
         let contents = source.contents("big").unwrap();
         let part = contents.bytes.slice(100..MAP_FROM_BYTES as usize);
-        contents.release(&part);
-        contents.release(&Bytes::from_static(b"elsewhere"));
+        contents.mapped(&part).unwrap().release();
+        assert!(contents.mapped(&Bytes::from_static(b"elsewhere")).is_none());
         assert_eq!(contents.bytes, big, "what was let go is read again");
         assert!(source.read("").unwrap_err().to_string().contains("folder"));
         assert!(matches!(source.read("none"), Err(Error::Io { .. })));

@@ -1,11 +1,12 @@
 //! Rows of a weight matrix times one vector.
 
+mod bf12;
 pub(crate) mod far;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod fixed;
 
 use crate::simd::{Kernel, Memory, Simd, dispatch, memory};
-use crate::weights::{Storage, Weights};
+use crate::weights::{Read, Storage, Weights};
 use half::f16;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -115,8 +116,8 @@ fn fix<'a>(x: &[f32], order: fixed::Order, space: &'a mut [f32]) -> Option<fixed
 }
 
 /// `out[i] = sum_k w[rows.start + i, k] * x[k]`.
-pub(crate) fn dot(w: &Weights, x: &Prepared<'_>, rows: Range<usize>, out: &mut [f32]) {
-    let cols = w.cols();
+pub(crate) fn dot(w: Read<'_>, x: &Prepared<'_>, rows: Range<usize>, out: &mut [f32]) {
+    let (w, packed, cols) = (w.weights, w.bf12, w.cols());
     assert!(
         rows.end <= w.rows() && out.len() == rows.len() && x.x.len() == cols,
         "matvec: rows and columns"
@@ -130,6 +131,7 @@ pub(crate) fn dot(w: &Weights, x: &Prepared<'_>, rows: Range<usize>, out: &mut [
         }
     }
     match w.storage() {
+        _ if let Some(w) = packed => dispatch(bf12::Dot { w, rows, x: x.x, out }),
         Storage::F32(data) => {
             dispatch(Dot {
                 w: &data.f32()[rows.start * cols..rows.end * cols],
@@ -377,6 +379,46 @@ impl<T: Stored> Dot<'_, T> {
     }
 }
 
+/// Asks memory for `bytes` from `first` on, where `SECOND` to the second cache.
+#[inline(always)]
+fn ask<S: Simd, const SECOND: bool>(s: S, first: *const u8, bytes: usize) {
+    for line in (0..bytes).step_by(64) {
+        if SECOND {
+            s.prefetch_second(first.wrapping_add(line));
+        } else {
+            s.prefetch(first.wrapping_add(line));
+        }
+    }
+}
+
+/// A matrix that is read row by row.
+pub(crate) trait Rows: Copy {
+    /// `w[r].0`'s row `w[r].1` times `x`, for rows that lie far apart, in `A` sums each; asks memory for what lies `ahead` bytes behind,
+    /// where `SECOND` to the second cache.
+    fn dot<S: Simd, const R: usize, const A: usize, const SECOND: bool>(
+        s: S,
+        w: [(Self, usize); R],
+        x: &[f32],
+        ahead: usize,
+    ) -> [f32; R];
+}
+
+impl<T: Stored> Rows for &[T] {
+    #[inline(always)]
+    fn dot<S: Simd, const R: usize, const A: usize, const SECOND: bool>(
+        s: S,
+        w: [(Self, usize); R],
+        x: &[f32],
+        ahead: usize,
+    ) -> [f32; R] {
+        let mut rows = [&[][..]; R];
+        for (to, (w, row)) in rows.iter_mut().zip(w) {
+            *to = &w[row * x.len()..(row + 1) * x.len()];
+        }
+        dot_streams::<S, T, R, A, SECOND>(s, rows, x, ahead)
+    }
+}
+
 /// `w[r] . x` for rows that lie far apart.
 #[inline(always)]
 fn dot_streams<S: Simd, T: Stored, const R: usize, const A: usize, const SECOND: bool>(
@@ -392,13 +434,7 @@ fn dot_streams<S: Simd, T: Stored, const R: usize, const A: usize, const SECOND:
     while c + 4 * S::LANES <= cols {
         for w in w {
             let at = w.as_ptr().wrapping_add(c).cast::<u8>();
-            for line in (0..4 * S::LANES * size_of::<T>()).step_by(64) {
-                if SECOND {
-                    s.prefetch_second(at.wrapping_add(ahead + line));
-                } else {
-                    s.prefetch(at.wrapping_add(ahead + line));
-                }
-            }
+            ask::<S, SECOND>(s, at.wrapping_add(ahead), 4 * S::LANES * size_of::<T>());
         }
         for n in 0..4 {
             let at = c + n * S::LANES;
@@ -488,7 +524,7 @@ pub(crate) mod tests {
         let mut space = vec![f32::NAN; prepared_len(w.cols())];
         let prepared = prepare(&x, &[w], &mut space);
         let mut out = vec![f32::NAN; range.len()];
-        dot(w, &prepared, range.clone(), &mut out);
+        dot(Read::of(w), &prepared, range.clone(), &mut out);
         let mut row = vec![0.0; w.cols()];
         for (r, out) in range.zip(out) {
             w.row(r, &mut row);
@@ -567,7 +603,7 @@ pub(crate) mod tests {
         x[5] = f32::INFINITY;
         let mut space = vec![f32::NAN; prepared_len(64)];
         let mut out = [0.0];
-        dot(&w, &prepare(&x, &[&w], &mut space), 0..1, &mut out);
+        dot(Read::of(&w), &prepare(&x, &[&w], &mut space), 0..1, &mut out);
         assert_eq!(out[0], f32::INFINITY);
     }
 }

@@ -16,7 +16,7 @@ use crate::pooling::{Pooling, pool_last};
 use crate::scratch::Scratch;
 use crate::strided::{View, ViewMut, dense_strides};
 use crate::weights::Weights;
-use half::f16;
+use half::{bf16, f16};
 use proptest::prelude::*;
 
 /// What this processor has.
@@ -147,6 +147,17 @@ fn weights(kind: usize, rows: usize, cols: usize, offset: usize, mut seed: u64) 
             1,
             cols,
         ),
+        6 => {
+            let halves: Vec<f16> = floats
+                .into_iter()
+                .map(|x| f16::from_f32(bf16::from_f32(x).to_f32()))
+                .collect();
+            let weights =
+                Weights::from_f16(rows, cols, bytemuck::cast_slice(&halves).to_vec().into()).unwrap();
+            weights.pack(&Pool::new(1));
+            assert!(weights.bf12().is_some());
+            return weights;
+        }
         _ => {
             let scale = vec![0.1; rows * cols.div_ceil(32)];
             let data = bytes((rows * cols).div_ceil(2), seed);
@@ -161,14 +172,15 @@ proptest! {
 
     #[test]
     fn layers(
-        m in 1_usize..24, n in 1_usize..70, k in 1_usize..600, kind in 0_usize..6, offset in 0_usize..5,
+        m in 1_usize..24, n in 1_usize..70, k in 1_usize..600, kind in 0_usize..7, offset in 0_usize..5,
         double in any::<bool>(), seed in any::<u64>(),
     ) {
         let mut seed = seed;
+        let k = if kind == 6 { k.next_multiple_of(64) } else { k };
         let x = Numbers::new(m * k, offset, &mut seed);
         let bias = Numbers::new(n, offset, &mut seed);
         // Sums of `k` in another order; few tokens meet compressed weights in fixed point.
-        let fixed = kind >= 2 && m <= 4;
+        let fixed = (2..6).contains(&kind) && m <= 4;
         let bound = if fixed { 2e-4 * (k as f32).sqrt() } else { 2e-6 * (k as f32).sqrt() };
         same("a layer", bound, |pool, scratch| {
             let (xs, ys) = ([m, k], [m, n]);
@@ -189,10 +201,11 @@ proptest! {
 
     #[test]
     fn layers_in_bf16(
-        m in 5_usize..70, n in 1_usize..70, k in 1_usize..1200, kind in 0_usize..6, offset in 0_usize..5,
+        m in 5_usize..70, n in 1_usize..70, k in 1_usize..1200, kind in 0_usize..7, offset in 0_usize..5,
         turned in any::<bool>(), seed in any::<u64>(),
     ) {
         let mut seed = seed;
+        let k = if kind == 6 { k.next_multiple_of(64) } else { k };
         let x = Numbers::new(m * k, offset, &mut seed);
         let bias = Numbers::new(n, offset, &mut seed);
         // The portable set has no pairs of bf16. Factors have 8 bits.

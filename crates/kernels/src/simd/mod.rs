@@ -91,6 +91,16 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `LANES` numbers are readable at `p`, which needs no alignment.
     unsafe fn load_f16(self, p: *const f16) -> Self::F;
+    /// `LANES` numbers of each quarter of a block of [`bf12`], from `LANES * part` on.
+    ///
+    /// [`bf12`]: crate::weights::bf12
+    /// # Safety
+    /// A block is readable at `block`, which needs no alignment; `part` is below `16 / LANES`.
+    #[inline(always)]
+    unsafe fn load_bf12(self, block: *const u8, part: usize) -> [Self::F; 4] {
+        // SAFETY: the caller's.
+        unsafe { crate::weights::bf12::load_apart(self, block, part) }
+    }
     /// Rounds to nearest even.
     /// # Safety
     /// `LANES` numbers are writable at `p`, which needs no alignment.

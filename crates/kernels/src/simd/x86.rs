@@ -5,6 +5,9 @@ use half::{bf16, f16};
 use std::arch::x86_64::*;
 use std::sync::OnceLock;
 
+/// Upper bytes of bf16 with sign and three bits of exponent.
+static UPPER: [u8; 16] = [0, 1, 2, 3, 4, 5, 6, 7, 128, 129, 130, 131, 132, 133, 134, 135];
+
 /// Runs `kernel` with AVX2.
 ///
 /// # Safety
@@ -275,6 +278,26 @@ impl Simd for Avx2 {
         unsafe { _mm256_or_si256(a, b) }
     }
     #[inline(always)]
+    unsafe fn load_bf12(self, block: *const u8, part: usize) -> [Self::F; 4] {
+        // SAFETY: the caller's for the memory, the token's for the instructions.
+        unsafe {
+            let low = _mm256_loadu_si256(block.add(32 * part).cast());
+            let pairs = _mm256_loadu_si256(block.add(64).cast());
+            let pairs = _mm256_srlv_epi32(pairs, _mm256_set1_epi32(4 * part as i32));
+            let places = _mm256_and_si256(pairs, _mm256_set1_epi8(15));
+            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(UPPER.as_ptr().cast()));
+            let upper = _mm256_shuffle_epi8(table, places);
+            let (first, second) = (_mm256_unpacklo_epi8(low, upper), _mm256_unpackhi_epi8(low, upper));
+            let high = _mm256_set1_epi32(!0xffff);
+            [
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(first)),
+                _mm256_castsi256_ps(_mm256_and_si256(first, high)),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(second)),
+                _mm256_castsi256_ps(_mm256_and_si256(second, high)),
+            ]
+        }
+    }
+    #[inline(always)]
     unsafe fn load_f16(self, p: *const f16) -> Self::F {
         // SAFETY: the caller's for the memory, the token's for the instructions.
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
@@ -494,6 +517,27 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     fn int_or(self, a: Self::I, b: Self::I) -> Self::I {
         // SAFETY: the token says that the processor has the instruction.
         unsafe { _mm512_or_si512(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf12(self, block: *const u8, _: usize) -> [Self::F; 4] {
+        // SAFETY: the caller's for the memory, the token's for the instructions.
+        unsafe {
+            let low = _mm512_loadu_si512(block.cast());
+            let pairs = _mm512_broadcast_i64x4(_mm256_loadu_si256(block.add(64).cast()));
+            let down = _mm512_inserti64x4::<1>(_mm512_setzero_si512(), _mm256_set1_epi32(4));
+            let pairs = _mm512_srlv_epi32(pairs, down);
+            let places = _mm512_and_si512(pairs, _mm512_set1_epi8(15));
+            let table = _mm512_broadcast_i32x4(_mm_loadu_si128(UPPER.as_ptr().cast()));
+            let upper = _mm512_shuffle_epi8(table, places);
+            let (first, second) = (_mm512_unpacklo_epi8(low, upper), _mm512_unpackhi_epi8(low, upper));
+            let high = _mm512_set1_epi32(!0xffff);
+            [
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(first)),
+                _mm512_castsi512_ps(_mm512_and_si512(first, high)),
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(second)),
+                _mm512_castsi512_ps(_mm512_and_si512(second, high)),
+            ]
+        }
     }
     #[inline(always)]
     unsafe fn load_f16(self, p: *const f16) -> Self::F {

@@ -1,18 +1,23 @@
 //! Weight matrices kept as a model stores them: `f32`, `f16`, palettes of 1 to 8 bits, 4- and 8-bit integers.
 
 mod affine;
+pub(crate) mod bf12;
 mod lut;
+mod slab;
 
 pub(crate) use affine::Affine;
+pub(crate) use bf12::Bf12;
 #[cfg_attr(not(target_arch = "x86_64"), allow(unused_imports))]
 pub(crate) use lut::{FixedTables, Lut};
 
 use crate::matvec::Stored;
+use crate::pool::Pool;
 use crate::simd::{Kernel, Simd, dispatch, dispatch_pairs};
 use bytes::Bytes;
 use half::{bf16, f16};
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 /// A matrix of `rows` (outputs, N) by `cols` (inputs, K), row-major. Clones share the data.
 ///
@@ -33,7 +38,33 @@ pub(crate) struct Matrix {
     pub rows: usize,
     pub cols: usize,
     pub storage: Storage,
+    /// The same numbers in 12 bits: what is read once it is there.
+    bf12: OnceLock<Option<Bf12>>,
+    packing: Packing,
 }
+
+/// Whether and when a matrix is packed into [`Bf12`].
+#[derive(Default)]
+struct Packing {
+    /// The turn, and what is called when the numbers as stored are not read any longer; none where packing is not wanted.
+    wanted: OnceLock<(usize, Box<dyn Fn() + Send + Sync>)>,
+    /// Products with few tokens so far.
+    uses: AtomicUsize,
+}
+
+impl std::fmt::Debug for Packing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let wanted = self.wanted.get().is_some();
+        write!(f, "Packing {{ wanted: {wanted}, uses: {:?} }}", self.uses)
+    }
+}
+
+/// Products with few tokens after which a matrix is packed: packing costs as much as a dozen of them, and several matrices are not
+/// packed at once, so that no token waits for all of them.
+const PACK_AFTER: std::ops::Range<usize> = 4..12;
+
+/// Fewer bytes than this stay in caches.
+const PACK_BYTES: usize = 256 * 1024;
 
 #[derive(Debug)]
 pub(crate) enum Storage {
@@ -198,7 +229,57 @@ impl Weights {
     }
 
     fn new(rows: usize, cols: usize, storage: Storage) -> Weights {
-        Weights(Arc::new(Matrix { rows, cols, storage }))
+        Weights(Arc::new(Matrix {
+            rows,
+            cols,
+            storage,
+            bf12: OnceLock::new(),
+            packing: Packing::default(),
+        }))
+    }
+
+    /// Lets numbers that are products of few tokens time and again be packed into fewer bits, where they lose nothing by it and memory is
+    /// what products wait for: fp16 and fp32 weights that were bf16, on x86-64. `packed` is called when the data given is not read any
+    /// longer, as far as it can be known: a file's pages may leave memory then. Without effect a second time.
+    pub fn pack_when_used(&self, packed: impl Fn() + Send + Sync + 'static) {
+        let floats = matches!(self.storage(), Storage::F32(_) | Storage::F16(_));
+        if floats && Bf12::fits(self.cols()) && self.bytes() >= PACK_BYTES {
+            static TURN: AtomicUsize = AtomicUsize::new(0);
+            // The first who asks is called.
+            let turn = TURN.fetch_add(1, Ordering::Relaxed) % PACK_AFTER.len();
+            let _ = self.0.packing.wanted.set((turn, Box::new(packed)));
+        }
+    }
+
+    /// Counts a product with few tokens of this matrix and of `up`, which is read beside it; packs both when it is time.
+    pub(crate) fn used(&self, pool: &Pool, up: Option<&Weights>) {
+        let packing = &self.0.packing;
+        let Some((turn, _)) = packing.wanted.get().filter(|_| self.0.bf12.get().is_none()) else {
+            return;
+        };
+        let uses = packing.uses.fetch_add(1, Ordering::Relaxed);
+        if uses == PACK_AFTER.start + turn && packing_pays() {
+            self.pack(pool);
+            if let Some(up) = up.filter(|up| up.0.packing.wanted.get().is_some()) {
+                up.pack(pool);
+            }
+        }
+    }
+
+    /// Packs the numbers, where that loses nothing.
+    pub(crate) fn pack(&self, pool: &Pool) {
+        let bf12 = &self.0.bf12;
+        if bf12.get().is_some() || bf12.set(Bf12::pack(pool, self)).is_err() {
+            return;
+        }
+        if let Some((_, packed)) = self.0.packing.wanted.get().filter(|_| self.bf12().is_some()) {
+            packed();
+        }
+    }
+
+    /// The numbers in 12 bits, where they were packed.
+    pub(crate) fn bf12(&self) -> Option<&Bf12> {
+        self.0.bf12.get()?.as_ref()
     }
 
     pub(crate) fn storage(&self) -> &Storage {
@@ -227,6 +308,10 @@ impl Weights {
 
     /// Decodes `out.len()` entries of row `row` from column `first` on.
     pub(crate) fn decode(&self, row: usize, first: usize, out: &mut [f32]) {
+        if let Some(bf12) = self.bf12() {
+            let (depth, step) = (out.len(), out.len().max(1));
+            return bf12.decode(row..row + 1, first, depth, (out, step));
+        }
         let start = row * self.cols() + first;
         match self.storage() {
             Storage::F32(data) => out.copy_from_slice(&data.f32()[start..start + out.len()]),
@@ -244,6 +329,9 @@ impl Weights {
         depth: usize,
         (out, step): (&mut [f32], usize),
     ) {
+        if let Some(bf12) = self.bf12() {
+            return bf12.decode(rows, first, depth, (out, step));
+        }
         if let Storage::F16(data) = self.storage() {
             let block = RowsOf::new(data.f16(), self.cols(), rows, first..first + depth);
             return dispatch(Widened(block, out, step));
@@ -263,6 +351,7 @@ impl Weights {
     ) {
         let columns = first..first + count;
         match self.storage() {
+            _ if self.bf12().is_some() => self.round_rows(rows, (first, count, whole), (out, step)),
             Storage::F32(data) => {
                 let block = RowsOf::new(data.f32(), self.cols(), rows, columns);
                 dispatch_pairs(RoundedRows(block, whole, out, step));
@@ -272,23 +361,33 @@ impl Weights {
                 dispatch_pairs(RoundedRows(block, whole, out, step));
             }
             Storage::Lut(_) | Storage::Affine(_) => {
-                let mut wide = [0.0; 512];
-                for (row, out) in rows.zip(out.chunks_exact_mut(step)) {
-                    let (out, rest) = out[..whole].split_at_mut(count);
-                    rest.fill(bf16::ZERO);
-                    for (i, out) in out.chunks_mut(wide.len()).enumerate() {
-                        let wide = &mut wide[..out.len()];
-                        self.decode(row, first + i * 512, wide);
-                        dispatch_pairs(Round(wide, out));
-                    }
-                }
+                self.round_rows(rows, (first, count, whole), (out, step));
+            }
+        }
+    }
+
+    /// [`Weights::decode_pairs`] by way of 32 bits.
+    fn round_rows(
+        &self,
+        rows: Range<usize>,
+        (first, count, whole): (usize, usize, usize),
+        (out, step): (&mut [bf16], usize),
+    ) {
+        let mut wide = [0.0; 512];
+        for (row, out) in rows.zip(out.chunks_exact_mut(step)) {
+            let (out, rest) = out[..whole].split_at_mut(count);
+            rest.fill(bf16::ZERO);
+            for (i, out) in out.chunks_mut(wide.len()).enumerate() {
+                let wide = &mut wide[..out.len()];
+                self.decode(row, first + i * 512, wide);
+                dispatch_pairs(Round(wide, out));
             }
         }
     }
 
     /// Where the part of some rows lies that [`Weights::decode_block`] reads, when it does little besides waiting for it.
     pub(crate) fn lines(&self, rows: Range<usize>, first: usize, depth: usize) -> Lines {
-        let (data, bits) = self.numbers();
+        let (data, bits) = Read::of(self).numbers();
         let row = self.cols() * bits;
         if rows.end > self.rows() || !row.is_multiple_of(8) {
             return Lines::default();
@@ -301,8 +400,56 @@ impl Weights {
         }
     }
 
+    /// Bytes held in memory or mapped, tables included.
+    pub fn bytes(&self) -> usize {
+        Read::of(self).bytes()
+    }
+}
+
+/// A matrix as one call reads it: what another thread packs meanwhile is for the next one.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Read<'a> {
+    pub weights: &'a Weights,
+    pub bf12: Option<&'a Bf12>,
+}
+
+impl<'a> Read<'a> {
+    pub(crate) fn of(weights: &'a Weights) -> Self {
+        let bf12 = weights.bf12();
+        Read { weights, bf12 }
+    }
+
+    pub(crate) fn rows(self) -> usize {
+        self.weights.rows()
+    }
+
+    pub(crate) fn cols(self) -> usize {
+        self.weights.cols()
+    }
+
+    /// As [`Weights::bytes`].
+    pub(crate) fn bytes(self) -> usize {
+        match (self.bf12, self.weights.storage()) {
+            (Some(bf12), _) => bf12.bytes(),
+            (_, Storage::F32(data) | Storage::F16(data)) => data.0.len(),
+            (_, Storage::Lut(lut)) => lut.bytes(),
+            (_, Storage::Affine(affine)) => affine.bytes(),
+        }
+    }
+
+    /// Whether these can be read side by side.
+    pub(crate) fn is_like(self, other: Read<'_>) -> bool {
+        let kind = |read: Read<'_>| {
+            (
+                read.bf12.is_some(),
+                std::mem::discriminant(read.weights.storage()),
+            )
+        };
+        kind(self) == kind(other)
+    }
+
     /// Where `count` streams of `each` rows that follow each other from row `first` on begin, `most` bytes of each.
-    pub(crate) fn streams(&self, first: usize, each: usize, count: usize, most: usize) -> Lines {
+    pub(crate) fn streams(self, first: usize, each: usize, count: usize, most: usize) -> Lines {
         let row = self.row_bytes();
         Lines {
             first: self.numbers().0.as_ptr().wrapping_add(first * row),
@@ -313,28 +460,28 @@ impl Weights {
     }
 
     /// Bytes of a row, of the whole ones where numbers lie across them.
-    pub(crate) fn row_bytes(&self) -> usize {
+    pub(crate) fn row_bytes(self) -> usize {
         self.cols() * self.numbers().1 / 8
     }
 
     /// What is stored for each number, apart from tables and scales, and its bits.
-    fn numbers(&self) -> (&Bytes, usize) {
-        match self.storage() {
-            Storage::F32(data) => (&data.0, 32),
-            Storage::F16(data) => (&data.0, 16),
-            Storage::Lut(lut) => (&lut.indices, lut.bits as usize),
-            Storage::Affine(affine) => (&affine.data, affine.bits as usize),
+    fn numbers(self) -> (&'a [u8], usize) {
+        match (self.bf12, self.weights.storage()) {
+            (Some(bf12), _) => (bf12.data(), 12),
+            (_, Storage::F32(data)) => (&data.0, 32),
+            (_, Storage::F16(data)) => (&data.0, 16),
+            (_, Storage::Lut(lut)) => (&lut.indices, lut.bits as usize),
+            (_, Storage::Affine(affine)) => (&affine.data, affine.bits as usize),
         }
     }
+}
 
-    /// Bytes held in memory or mapped, tables included.
-    pub fn bytes(&self) -> usize {
-        match self.storage() {
-            Storage::F32(data) | Storage::F16(data) => data.0.len(),
-            Storage::Lut(lut) => lut.bytes(),
-            Storage::Affine(affine) => affine.bytes(),
-        }
-    }
+/// Whether reading is what products of few tokens wait for. Elsewhere than on x86-64 unpacking was not measured.
+fn packing_pays() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return crate::simd::has_avx2();
+    #[cfg(not(target_arch = "x86_64"))]
+    false
 }
 
 /// Numbers rounded to bf16, as many as there is room for.

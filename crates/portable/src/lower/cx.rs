@@ -201,10 +201,16 @@ impl<'a, 'm> OpCx<'a, 'm> {
 
     /// A constant as a weight matrix; `None` when the value is computed.
     pub fn weights(&mut self, id: ValueId, rows: usize, cols: usize) -> OpResult<Option<Weights>> {
-        match self.constant(id) {
-            Some(c) => Ok(Some(c.weights(rows, cols)?)),
-            None => Ok(None),
+        let Some(constant) = self.constant(id) else {
+            return Ok(None);
+        };
+        let weights = constant.weights(rows, cols)?;
+        if let ConstData::Stored(bytes) | ConstData::F16(bytes) = &constant.data
+            && let Some(mapped) = self.low.model.mapped(bytes)
+        {
+            weights.pack_when_used(move || mapped.release());
         }
+        Ok(Some(weights))
     }
 
     /// Says that the elements of a constant were copied in another form and are not needed as the file has them for now.
