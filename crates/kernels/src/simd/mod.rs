@@ -101,6 +101,16 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         // SAFETY: the caller's.
         unsafe { crate::weights::bf12::load_apart(self, block, part) }
     }
+    /// The numbers of a block of [`bf12`], whose exponents are raised by `up`.
+    ///
+    /// [`bf12`]: crate::weights::bf12
+    /// # Safety
+    /// A block is readable at `block`, and 64 numbers are writable at `to`; neither needs alignment.
+    #[inline(always)]
+    unsafe fn widen_bf12(self, block: *const u8, up: u16, to: *mut bf16) {
+        // SAFETY: the caller's.
+        unsafe { crate::weights::bf12::widen_apart(self, block, up, to) }
+    }
     /// Rounds to nearest even.
     /// # Safety
     /// `LANES` numbers are writable at `p`, which needs no alignment.

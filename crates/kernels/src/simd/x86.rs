@@ -8,6 +8,25 @@ use std::sync::OnceLock;
 /// Upper bytes of bf16 with sign and three bits of exponent.
 static UPPER: [u8; 16] = [0, 1, 2, 3, 4, 5, 6, 7, 128, 129, 130, 131, 132, 133, 134, 135];
 
+/// The numbers of a block of 12 bits, as upper halves of `f32`: a number of the first quarter and one of the second by turns, then of the others.
+///
+/// # Safety
+/// A block is readable at `block`; the processor has AVX-512 with bytes.
+#[inline(always)]
+unsafe fn bf12_words(block: *const u8) -> [__m512i; 2] {
+    // SAFETY: the caller's.
+    unsafe {
+        let low = _mm512_loadu_si512(block.cast());
+        let pairs = _mm512_broadcast_i64x4(_mm256_loadu_si256(block.add(64).cast()));
+        let down = _mm512_inserti64x4::<1>(_mm512_setzero_si512(), _mm256_set1_epi32(4));
+        let pairs = _mm512_srlv_epi32(pairs, down);
+        let places = _mm512_and_si512(pairs, _mm512_set1_epi8(15));
+        let table = _mm512_broadcast_i32x4(_mm_loadu_si128(UPPER.as_ptr().cast()));
+        let upper = _mm512_shuffle_epi8(table, places);
+        [_mm512_unpacklo_epi8(low, upper), _mm512_unpackhi_epi8(low, upper)]
+    }
+}
+
 /// Runs `kernel` with AVX2.
 ///
 /// # Safety
@@ -522,14 +541,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     unsafe fn load_bf12(self, block: *const u8, _: usize) -> [Self::F; 4] {
         // SAFETY: the caller's for the memory, the token's for the instructions.
         unsafe {
-            let low = _mm512_loadu_si512(block.cast());
-            let pairs = _mm512_broadcast_i64x4(_mm256_loadu_si256(block.add(64).cast()));
-            let down = _mm512_inserti64x4::<1>(_mm512_setzero_si512(), _mm256_set1_epi32(4));
-            let pairs = _mm512_srlv_epi32(pairs, down);
-            let places = _mm512_and_si512(pairs, _mm512_set1_epi8(15));
-            let table = _mm512_broadcast_i32x4(_mm_loadu_si128(UPPER.as_ptr().cast()));
-            let upper = _mm512_shuffle_epi8(table, places);
-            let (first, second) = (_mm512_unpacklo_epi8(low, upper), _mm512_unpackhi_epi8(low, upper));
+            let [first, second] = bf12_words(block);
             let high = _mm512_set1_epi32(!0xffff);
             [
                 _mm512_castsi512_ps(_mm512_slli_epi32::<16>(first)),
@@ -537,6 +549,29 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
                 _mm512_castsi512_ps(_mm512_slli_epi32::<16>(second)),
                 _mm512_castsi512_ps(_mm512_and_si512(second, high)),
             ]
+        }
+    }
+    #[inline(always)]
+    unsafe fn widen_bf12(self, block: *const u8, up: u16, to: *mut bf16) {
+        /// Puts the first of every two words before the second ones.
+        static APART: [i16; 32] = {
+            let mut at = [0; 32];
+            let mut i = 0;
+            while i < 32 {
+                at[i as usize] = i % 16 * 2 + i / 16;
+                i += 1;
+            }
+            at
+        };
+        // SAFETY: the caller's for the memory, the token's for the instructions.
+        unsafe {
+            let at = _mm512_loadu_si512(APART.as_ptr().cast());
+            let up = _mm512_set1_epi16((up << 7).cast_signed());
+            for (half, words) in bf12_words(block).into_iter().enumerate() {
+                let there = _mm512_test_epi16_mask(words, words);
+                let words = _mm512_mask_add_epi16(words, there, words, up);
+                _mm512_storeu_si512(to.add(32 * half).cast(), _mm512_permutexvar_epi16(at, words));
+            }
         }
     }
     #[inline(always)]

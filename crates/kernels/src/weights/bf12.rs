@@ -12,8 +12,9 @@
 use super::slab::Part;
 use crate::loops::Shared;
 use crate::pool::Pool;
-use crate::simd::{Kernel, Simd, dispatch};
+use crate::simd::{Kernel, Simd, dispatch, dispatch_pairs};
 use crate::weights::Weights;
+use half::bf16;
 use std::cell::RefCell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -184,6 +185,28 @@ impl Bf12 {
             out,
         });
     }
+
+    /// As [`Bf12::decode`], in bf16, with zeros behind up to `whole`.
+    pub(crate) fn decode_pairs(
+        &self,
+        rows: Range<usize>,
+        (first, depth, whole): (usize, usize, usize),
+        out: (&mut [bf16], usize),
+    ) {
+        assert!(
+            rows.end <= self.rows && first + depth <= self.cols,
+            "bf12: a part of the matrix"
+        );
+        dispatch_pairs(DecodePairs(
+            Decode {
+                matrix: self,
+                rows,
+                columns: first..first + depth,
+                out,
+            },
+            whole,
+        ));
+    }
 }
 
 fn row_bytes(cols: usize) -> usize {
@@ -263,7 +286,11 @@ impl Kernel for Pack<'_> {
                 let (bits, sign) = (x.to_bits() & 0x7fff_ffff, x.to_bits() & 0x8000_0000);
                 let there = (bits >> 23) > self.down;
                 small += u32::from(bits != 0 && !there);
-                *code = if there { (bits - (self.down << 23)) | sign } else { 0 };
+                *code = if there {
+                    (bits - (self.down << 23)) | sign
+                } else {
+                    0
+                };
             }
             // Halves of two quarters side by side, as unpacking leaves them.
             let mut words = [[0_u16; 32]; 2];
@@ -291,68 +318,100 @@ impl Kernel for Pack<'_> {
     }
 }
 
-struct Decode<'a> {
+/// Columns of some rows, to where rows begin so many elements apart.
+struct Decode<'a, T> {
     matrix: &'a Bf12,
     rows: Range<usize>,
     columns: Range<usize>,
-    out: (&'a mut [f32], usize),
+    out: (&'a mut [T], usize),
 }
 
-impl Kernel for Decode<'_> {
-    type Out = ();
+impl<T: Copy + Default> Decode<'_, T> {
+    /// Has `block` widen each block of row `row` that is told, and `number` each number that lies apart.
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let (matrix, columns, (out, step)) = (self.matrix, self.columns, self.out);
-        let data = matrix.data();
-        for (row, out) in self.rows.zip(out.chunks_mut(step)) {
-            let out = &mut out[..columns.len()];
-            let blocks = &data[row * matrix.row_bytes()..(row + 1) * matrix.row_bytes()];
-            let factor = s.splat(matrix.factor(row));
-            let mut column = columns.start;
-            while column < columns.end {
-                let block = column / BLOCK;
-                let from = &blocks[block * BLOCK_BYTES..(block + 1) * BLOCK_BYTES];
-                let (skip, at) = (column % BLOCK, column - columns.start);
-                let count = (BLOCK - skip).min(columns.end - column);
-                if count == BLOCK {
-                    // SAFETY: a block of both.
-                    unsafe { widen(s, from.as_ptr(), factor, out[at..at + BLOCK].as_mut_ptr()) };
-                } else {
-                    let mut whole = [0.0; BLOCK];
-                    // SAFETY: as above.
-                    unsafe { widen(s, from.as_ptr(), factor, whole.as_mut_ptr()) };
-                    out[at..at + count].copy_from_slice(&whole[skip..skip + count]);
-                }
-                column += count;
+    fn row(
+        &self,
+        row: usize,
+        out: &mut [T],
+        mut block: impl FnMut(&[u8], &mut [T; BLOCK]),
+        number: impl Fn(f32) -> T,
+    ) {
+        let (matrix, columns) = (self.matrix, &self.columns);
+        let blocks = &matrix.data()[row * matrix.row_bytes()..(row + 1) * matrix.row_bytes()];
+        let mut column = columns.start;
+        while column < columns.end {
+            let from = &blocks[column / BLOCK * BLOCK_BYTES..][..BLOCK_BYTES];
+            let (skip, at) = (column % BLOCK, column - columns.start);
+            let count = (BLOCK - skip).min(columns.end - column);
+            let mut part = [T::default(); BLOCK];
+            let out = &mut out[at..at + count];
+            // One call: functions of a closure that is called twice are not inlined.
+            block(from, out.as_mut_array().unwrap_or(&mut part));
+            if count < BLOCK {
+                out.copy_from_slice(&part[skip..skip + count]);
             }
-            for (_, column, number) in matrix.apart(row) {
-                let column = *column as usize;
-                if columns.contains(&column) {
-                    out[column - columns.start] = *number;
-                }
+            column += count;
+        }
+        for (_, column, apart) in matrix.apart(row) {
+            let column = *column as usize;
+            if columns.contains(&column) {
+                out[column - columns.start] = number(*apart);
             }
         }
     }
 }
 
-/// The numbers of a block.
+impl Kernel for Decode<'_, f32> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) {
+        let (out, step) = std::mem::take(&mut self.out);
+        for (row, out) in self.rows.clone().zip(out.chunks_mut(step)) {
+            // 2^down
+            let factor = s.splat(self.matrix.factor(row) * SCALE);
+            // SAFETY: a block of both.
+            let block = |from: &[u8], to: &mut [f32; BLOCK]| unsafe {
+                widen(s, from.as_ptr(), factor, to.as_mut_ptr())
+            };
+            self.row(row, &mut out[..self.columns.len()], block, |x| x);
+        }
+    }
+}
+
+/// The same in bf16, with zeros up to so many elements.
+struct DecodePairs<'a>(Decode<'a, bf16>, usize);
+
+impl Kernel for DecodePairs<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let DecodePairs(mut decode, whole) = self;
+        let (out, step) = std::mem::take(&mut decode.out);
+        for (row, out) in decode.rows.clone().zip(out.chunks_mut(step)) {
+            let (out, zeros) = out[..whole].split_at_mut(decode.columns.len());
+            zeros.fill(bf16::ZERO);
+            let up = u16::from(decode.matrix.tails[row] & !SOME_APART);
+            // SAFETY: a block of both.
+            let block = |from: &[u8], to: &mut [bf16; BLOCK]| unsafe {
+                s.widen_bf12(from.as_ptr(), up, to.as_mut_ptr())
+            };
+            decode.row(row, out, block, bf16::from_f32);
+        }
+    }
+}
+
+/// The numbers of a block, times `factor`.
 ///
 /// # Safety
 /// A block is readable at `block`, and `BLOCK` numbers are writable at `to`.
 #[inline(always)]
 unsafe fn widen<S: Simd>(s: S, block: *const u8, factor: S::F, to: *mut f32) {
-    let scale = s.splat(SCALE);
     for part in 0..16 / S::LANES {
         // SAFETY: the caller's.
         let quarters = unsafe { s.load_bf12(block, part) };
         for (quarter, x) in quarters.into_iter().enumerate() {
             // SAFETY: the caller's.
-            unsafe {
-                s.store(
-                    to.add(16 * quarter + part * S::LANES),
-                    s.mul(s.mul(x, scale), factor),
-                )
-            };
+            unsafe { s.store(to.add(16 * quarter + part * S::LANES), s.mul(x, factor)) };
         }
     }
 }
@@ -378,11 +437,34 @@ pub(crate) unsafe fn load_apart<S: Simd>(s: S, block: *const u8, part: usize) ->
     })
 }
 
+/// What [`Simd::widen_bf12`] does, number by number.
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+pub(crate) unsafe fn widen_apart<S: Simd>(s: S, block: *const u8, up: u16, to: *mut bf16) {
+    for part in 0..16 / S::LANES {
+        // SAFETY: the caller's.
+        let quarters = unsafe { s.load_bf12(block, part) };
+        for (quarter, x) in quarters.into_iter().enumerate() {
+            let mut buffer = [0.0_f32; 16];
+            // SAFETY: no vector is longer than sixteen lanes.
+            unsafe { s.store(buffer.as_mut_ptr(), x) };
+            for (lane, x) in buffer.into_iter().enumerate().take(S::LANES) {
+                let bits = (x.to_bits() >> 16) as u16;
+                let bits = if bits == 0 { 0 } else { bits + (up << 7) };
+                // SAFETY: the caller's.
+                unsafe { *to.add(16 * quarter + part * S::LANES + lane) = bf16::from_bits(bits) };
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::matvec::tests::random;
-    use half::{bf16, f16};
+    use half::f16;
     use proptest::prelude::*;
 
     /// Numbers of bf16 in every power of two, small ones and zeros among them.

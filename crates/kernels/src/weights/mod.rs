@@ -349,9 +349,11 @@ impl Weights {
         (first, count, whole): (usize, usize, usize),
         (out, step): (&mut [bf16], usize),
     ) {
+        if let Some(bf12) = self.bf12() {
+            return bf12.decode_pairs(rows, (first, count, whole), (out, step));
+        }
         let columns = first..first + count;
         match self.storage() {
-            _ if self.bf12().is_some() => self.round_rows(rows, (first, count, whole), (out, step)),
             Storage::F32(data) => {
                 let block = RowsOf::new(data.f32(), self.cols(), rows, columns);
                 dispatch_pairs(RoundedRows(block, whole, out, step));
@@ -361,26 +363,16 @@ impl Weights {
                 dispatch_pairs(RoundedRows(block, whole, out, step));
             }
             Storage::Lut(_) | Storage::Affine(_) => {
-                self.round_rows(rows, (first, count, whole), (out, step));
-            }
-        }
-    }
-
-    /// [`Weights::decode_pairs`] by way of 32 bits.
-    fn round_rows(
-        &self,
-        rows: Range<usize>,
-        (first, count, whole): (usize, usize, usize),
-        (out, step): (&mut [bf16], usize),
-    ) {
-        let mut wide = [0.0; 512];
-        for (row, out) in rows.zip(out.chunks_exact_mut(step)) {
-            let (out, rest) = out[..whole].split_at_mut(count);
-            rest.fill(bf16::ZERO);
-            for (i, out) in out.chunks_mut(wide.len()).enumerate() {
-                let wide = &mut wide[..out.len()];
-                self.decode(row, first + i * 512, wide);
-                dispatch_pairs(Round(wide, out));
+                let mut wide = [0.0; 512];
+                for (row, out) in rows.zip(out.chunks_exact_mut(step)) {
+                    let (out, rest) = out[..whole].split_at_mut(count);
+                    rest.fill(bf16::ZERO);
+                    for (i, out) in out.chunks_mut(wide.len()).enumerate() {
+                        let wide = &mut wide[..out.len()];
+                        self.decode(row, first + i * 512, wide);
+                        dispatch_pairs(Round(wide, out));
+                    }
+                }
             }
         }
     }
