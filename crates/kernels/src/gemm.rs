@@ -10,7 +10,8 @@ use crate::simd::matrix_unit;
 use crate::simd::{Isa, Kernel, Simd, dispatch, dispatch_pairs, isa};
 #[cfg(target_arch = "x86_64")]
 use crate::tiles::{Part, SIDE, Session, Unit};
-use crate::weights::{Lines, Storage, Walk, Weights};
+use crate::weights::{Lines, Pairs, Storage, Walk, Weights};
+use half::bf16;
 use std::ops::Range;
 
 /// Steps of `k` handled together at most: a panel of this depth stays in the first-level cache.
@@ -26,7 +27,7 @@ pub(crate) const SQUARE: usize = 8;
 
 /// Rows of the innermost kernel, of two vectors of lanes: their sums take twelve registers, or 24 where there are so many.
 const ROWS: usize = 6;
-const TALL: usize = 2 * ROWS;
+pub(crate) const TALL: usize = 2 * ROWS;
 
 /// Lanes in a panel on this processor.
 pub(crate) fn panel_width() -> usize {
@@ -94,12 +95,14 @@ pub(crate) struct Gemm<'a> {
 /// What [`Gemm::block`] reads first of `rows`, in pairs or not.
 pub(crate) fn opening(weights: &Weights, rows: Range<usize>, pairs: bool) -> Lines {
     let cols = weights.cols();
-    let first = if pairs {
-        2 * depth_of(cols.div_ceil(2))
-    } else {
-        depth_of(cols)
-    };
-    weights.lines(rows, 0, first.min(cols))
+    if !pairs {
+        return weights.lines(rows, 0, depth_of(cols).min(cols));
+    }
+    let (all, depth) = (cols.div_ceil(2), depth_of(cols.div_ceil(2)));
+    match weights.pairs() {
+        Some(pairs) => pairs.lines(&rows, 0, depth.min(all)),
+        None => weights.lines(rows, 0, (2 * depth).min(cols)),
+    }
 }
 
 /// Elements of working memory that [`Gemm::block`] needs for `rows` rows.
@@ -133,120 +136,115 @@ impl Gemm<'_> {
         if self.k == 0 {
             return c[..rows.len() * panels.len() * width].fill(0.0);
         }
-        if self.pairs {
-            return self.block_of_pairs(rows, panels, c, space);
-        }
-        let most = depth_of(self.k);
-        let mut start = 0;
-        while start < self.k {
-            let depth = most.min(self.k - start);
-            let after = match self.rows {
-                Rows::Stored(weights) if start + depth < self.k => {
-                    let next = start + depth;
-                    weights.lines(rows.clone(), next, most.min(self.k - next))
-                }
-                _ if start + depth == self.k => self.then,
-                _ => Lines::default(),
-            };
-            let block = Block {
-                after,
-                first: space.as_ptr(),
-                stride: APART as isize,
-                rows: rows.len(),
-                panel: &self.panels[panels.start * width * self.k + start * width..],
-                panel_step: width * self.k,
-                panels: panels.len(),
-                depth,
-                add: start > 0,
-                c: &mut *c,
-            };
-            match self.rows {
-                Rows::Dense { first, stride } => {
-                    let first = first.at(rows.start as isize * stride + start as isize);
-                    dispatch(Dense::<false>(Block {
-                        first: first.cast_const(),
-                        stride,
-                        ..block
-                    }));
-                }
-                Rows::Stored(weights) => {
-                    weights.decode_block(rows.clone(), start, depth, (space, APART));
-                    dispatch(Decoded::<false>(block));
-                }
-                Rows::Part { weights, first } => {
-                    let part = first.0 + rows.start..first.0 + rows.end;
-                    weights.decode_block(part, first.1 + start, depth, (space, APART));
-                    dispatch(Decoded::<false>(block));
-                }
-            }
-            start += depth;
-        }
-    }
-
-    /// [`Gemm::block`] in pairs, as deep as as many numbers otherwise.
-    fn block_of_pairs(&self, rows: Range<usize>, panels: Range<usize>, c: &mut [f32], space: &mut [f32]) {
-        let (width, all) = (panel_width(), self.k.div_ceil(2));
+        // As deep in pairs as in as many numbers otherwise.
+        let (all, each) = if self.pairs { (lines, 2) } else { (self.k, 1) };
         let most = depth_of(all);
         let mut start = 0;
         while start < all {
             let depth = most.min(all - start);
-            let count = (2 * depth).min(self.k - 2 * start);
-            let decoded = match self.rows {
-                Rows::Dense { .. } => None,
-                Rows::Stored(weights) => Some((weights, 0, 0)),
-                Rows::Part { weights, first } => Some((weights, first.0, first.1)),
-            };
-            if let Some((weights, row, column)) = decoded {
-                let whole = 2 * depth.next_multiple_of(WHOLE);
-                let to = (bytemuck::cast_slice_mut(&mut *space), 2 * APART);
-                weights.decode_pairs(
-                    row + rows.start..row + rows.end,
-                    (column + 2 * start, count, whole),
-                    to,
-                );
-            }
-            let next = 2 * (start + depth);
+            let next = each * (start + depth);
             let after = match self.rows {
-                Rows::Stored(weights) if start + depth < all => {
-                    weights.lines(rows.clone(), next, (2 * most).min(self.k - next))
-                }
+                Rows::Stored(weights) if start + depth < all => match self.interleaved(weights) {
+                    Some(pairs) => pairs.lines(&rows, start + depth, most.min(all - start - depth)),
+                    None => weights.lines(rows.clone(), next, (each * most).min(self.k - next)),
+                },
                 _ if start + depth == all => self.then,
                 _ => Lines::default(),
             };
-            let block = Block {
-                after,
-                first: space.as_ptr(),
-                stride: APART as isize,
-                rows: rows.len(),
-                panel: &self.panels[(panels.start * all + start) * width..],
-                panel_step: width * all,
-                panels: panels.len(),
-                depth,
-                add: start > 0,
-                c: &mut *c,
-            };
-            let block = match self.rows {
-                Rows::Dense { first, stride } => Block {
-                    first: first
-                        .at(rows.start as isize * stride + start as isize)
-                        .cast_const(),
-                    stride,
-                    ..block
-                },
-                Rows::Stored(_) | Rows::Part { .. } => block,
-            };
+            self.step(&rows, &panels, (start, depth), after, c, space);
             start += depth;
-            #[cfg(target_arch = "x86_64")]
-            if let Some(unit) = matrix_unit() {
-                dispatch_pairs(ByTiles(block, unit));
-                continue;
-            }
-            match self.rows {
-                Rows::Dense { .. } => dispatch_pairs(Dense::<true>(block)),
-                Rows::Stored(_) | Rows::Part { .. } => dispatch_pairs(Decoded::<true>(block)),
-            }
         }
     }
+
+    /// Steps of `k`, or pairs of them, so many from `start` on.
+    fn step(
+        &self,
+        rows: &Range<usize>,
+        panels: &Range<usize>,
+        (start, depth): (usize, usize),
+        after: Lines,
+        c: &mut [f32],
+        space: &mut [f32],
+    ) {
+        let width = panel_width();
+        let (all, each) = if self.pairs {
+            (self.k.div_ceil(2), 2)
+        } else {
+            (self.k, 1)
+        };
+        let block = Block {
+            after,
+            first: space.as_ptr(),
+            stride: APART as isize,
+            rows: rows.len(),
+            panel: &self.panels[(panels.start * all + start) * width..],
+            panel_step: width * all,
+            panels: panels.len(),
+            depth,
+            add: start > 0,
+            c,
+        };
+        let (weights, row, column) = match self.rows {
+            Rows::Dense { first, stride } => {
+                let first = first
+                    .at(rows.start as isize * stride + start as isize)
+                    .cast_const();
+                return self.multiply::<false>(Block {
+                    first,
+                    stride,
+                    ..block
+                });
+            }
+            Rows::Stored(weights) => (weights, 0, 0),
+            Rows::Part { weights, first } => (weights, first.0, first.1),
+        };
+        if let Some(pairs) = self.interleaved(weights) {
+            let (first, stride) = (pairs.at(rows.start, start), pairs.stride());
+            return dispatch_pairs(Interleaved(Block {
+                first,
+                stride,
+                ..block
+            }));
+        }
+        let (part, column) = (row + rows.start..row + rows.end, column + each * start);
+        if self.pairs {
+            let count = (2 * depth).min(self.k - 2 * start);
+            let whole = 2 * depth.next_multiple_of(WHOLE);
+            let to = (bytemuck::cast_slice_mut(&mut *space), 2 * APART);
+            weights.decode_pairs(part, (column, count, whole), to);
+        } else {
+            weights.decode_block(part, column, depth, (&mut *space, APART));
+        }
+        self.multiply::<true>(block);
+    }
+
+    /// Weights in pairs as the innermost kernel reads them, where they were packed so and all of them are multiplied.
+    fn interleaved<'w>(&self, weights: &'w Weights) -> Option<&'w Pairs> {
+        let whole = self.pairs && matches!(self.rows, Rows::Stored(_));
+        weights.pairs().filter(|_| whole && !by_tiles())
+    }
+
+    /// `DECODED` rows lie [`APART`].
+    fn multiply<const DECODED: bool>(&self, block: Block<'_>) {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(unit) = matrix_unit().filter(|_| self.pairs) {
+            return dispatch_pairs(ByTiles(block, unit));
+        }
+        match (DECODED, self.pairs) {
+            (false, false) => dispatch(Dense::<false>(block)),
+            (true, false) => dispatch(Decoded::<false>(block)),
+            (false, true) => dispatch_pairs(Dense::<true>(block)),
+            (true, true) => dispatch_pairs(Decoded::<true>(block)),
+        }
+    }
+}
+
+/// Whether pairs are multiplied by matrix units, which read rows otherwise.
+pub(crate) fn by_tiles() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return matrix_unit().is_some();
+    #[cfg(not(target_arch = "x86_64"))]
+    false
 }
 
 /// One step of depth of [`Gemm::block`].
@@ -284,6 +282,93 @@ impl<const PAIRS: bool> Kernel for Decoded<'_, PAIRS> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         self.0.run::<S, PAIRS, true>(s, APART as isize);
+    }
+}
+
+/// Rows of pairs as [`Pairs`] has them, from the first of [`TALL`] on; `stride` is the distance from so many to the next.
+struct Interleaved<'a>(Block<'a>);
+
+impl Kernel for Interleaved<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let block = self.0;
+        let (width, line) = (2 * S::LANES, block.panels * 2 * S::LANES);
+        let tiles = block.panels * block.rows.div_ceil(TALL);
+        let mut ahead = Ahead {
+            walk: block.after.walk(),
+            left: 0,
+        };
+        let each = block.after.len().div_ceil(tiles.max(1));
+        for p in 0..block.panels {
+            let panel = &block.panel[p * block.panel_step..][..block.depth * width];
+            for (tile, row) in (0..block.rows).step_by(TALL).enumerate() {
+                let count = TALL.min(block.rows - row);
+                let first = block.first.wrapping_offset(tile as isize * block.stride);
+                let c = &mut block.c[row * line + p * width..];
+                assert!(c.len() >= (count - 1) * line + width, "gemm: output");
+                ahead.left = each;
+                // SAFETY: the packed rows have a multiple of `TALL`, each with `depth` pairs from `first` on (the caller of `Gemm::block`);
+                // panel and output were checked.
+                unsafe {
+                    interleaved_tile(
+                        s,
+                        panel,
+                        first,
+                        (block.add, c.as_mut_ptr(), line, count),
+                        &mut ahead,
+                    )
+                };
+                ahead.ask(s, each);
+            }
+        }
+    }
+}
+
+/// Twelve rows of pairs, side by side at each step, by one panel, two vectors wide: all sums in registers. The first `count` are stored.
+///
+/// # Safety
+/// `TALL * panel.len() / (2 * LANES)` pairs are readable at `first`; `count` lines of `2 * LANES`, at most `TALL`, are writable at `c`,
+/// `line` apart.
+#[inline(always)]
+unsafe fn interleaved_tile<S: Simd>(
+    s: S,
+    panel: &[f32],
+    first: *const f32,
+    (add, c, line, count): (bool, *mut f32, usize, usize),
+    ahead: &mut Ahead,
+) {
+    let width = 2 * S::LANES;
+    let depth = panel.len() / width;
+    let mut sums = [[s.zero(); 2]; TALL];
+    for k in 0..depth {
+        let x = panel.as_ptr().wrapping_add(k * width);
+        // SAFETY: step `k` is below the depth.
+        let both = unsafe { [s.load(x), s.load(x.add(S::LANES))] };
+        for (r, sums) in sums.iter_mut().enumerate() {
+            // SAFETY: as above.
+            let w = s.splat(unsafe { *first.add(k * TALL + r) });
+            for half in 0..2 {
+                sums[half] = s.dot_pairs(w, both[half], sums[half]);
+            }
+        }
+        if k % 4 == 3 {
+            ahead.ask(s, 2);
+        }
+    }
+    for (r, sums) in sums.into_iter().enumerate() {
+        if r == count {
+            return;
+        }
+        for (half, mut sum) in sums.into_iter().enumerate() {
+            let to = c.wrapping_add(r * line + half * S::LANES);
+            if add {
+                // SAFETY: a line of the output.
+                sum = s.add(sum, unsafe { s.load(to) });
+            }
+            // SAFETY: a line of the output.
+            unsafe { s.store(to, sum) };
+        }
     }
 }
 
@@ -574,10 +659,178 @@ impl Kernel for Transpose<'_> {
     }
 }
 
+/// As [`pack_panels`], rounded to pairs of bf16: panels are `[pair of k][width]`, with a zero behind an odd number of elements.
+///
+/// # Safety
+/// As there.
+pub(crate) unsafe fn pack_pairs(
+    x: Shared<f32>,
+    steps: [isize; 2],
+    lanes: usize,
+    k: usize,
+    range: Range<usize>,
+    panels: &mut [f32],
+) {
+    let width = panel_width();
+    for (p, panel) in range.zip(panels.chunks_exact_mut((width * k.div_ceil(2)).max(1))) {
+        let first = p * width;
+        // Lanes that exist, `k` elements each, as the caller says.
+        dispatch_pairs(PackPairs {
+            x: x.at(first as isize * steps[0]),
+            steps,
+            lanes: width.min(lanes.saturating_sub(first)),
+            k,
+            panel,
+            width,
+        });
+    }
+}
+
+struct PackPairs<'a> {
+    x: *const f32,
+    steps: [isize; 2],
+    lanes: usize,
+    k: usize,
+    panel: &'a mut [f32],
+    width: usize,
+}
+
+impl Kernel for PackPairs<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) {
+        let pairs = self.k.div_ceil(2);
+        assert!(
+            self.panel.len() >= pairs * self.width && self.width.is_multiple_of(SQUARE.max(S::LANES)),
+            "gemm: panel"
+        );
+        let whole = self.lanes == self.width;
+        let done = match self.steps {
+            // SAFETY: lanes and elements exist (where the kernel was made), the panel holds a line for each pair.
+            [_, 1] if whole => unsafe { self.turned(s) },
+            // SAFETY: as above.
+            [1, _] if whole => unsafe { self.side_by_side(s) },
+            _ => 0,
+        };
+        for pair in done..pairs {
+            for lane in 0..self.width {
+                let number = |k: usize| {
+                    let at = lane as isize * self.steps[0] + k as isize * self.steps[1];
+                    // SAFETY: a lane and an element that exist.
+                    let number =
+                        (lane < self.lanes && k < self.k).then(|| unsafe { *self.x.wrapping_offset(at) });
+                    u32::from(bf16::from_f32(number.unwrap_or(0.0)).to_bits())
+                };
+                let bits = number(2 * pair) | number(2 * pair + 1) << 16;
+                self.panel[pair * self.width + lane] = f32::from_bits(bits);
+            }
+        }
+    }
+}
+
+impl PackPairs<'_> {
+    /// Dense lanes, by squares of pairs that are turned; gives how many pairs it did.
+    ///
+    /// # Safety
+    /// The lanes and their elements are readable; the panel holds a line for each pair.
+    #[inline(always)]
+    unsafe fn turned<S: Simd>(&mut self, s: S) -> usize {
+        const DEEP: usize = 4 * SQUARE;
+        let whole = self.k / DEEP * DEEP;
+        let mut rows = [[bf16::ZERO; DEEP]; SQUARE];
+        for k in (0..whole).step_by(DEEP) {
+            for lane in (0..self.width).step_by(SQUARE) {
+                for (i, row) in rows.iter_mut().enumerate() {
+                    let from = self
+                        .x
+                        .wrapping_offset((lane + i) as isize * self.steps[0])
+                        .wrapping_add(k);
+                    for at in (0..DEEP).step_by(2 * S::LANES) {
+                        // SAFETY: two vectors of the lane, and of the row.
+                        unsafe {
+                            let both = [s.load(from.add(at)), s.load(from.add(at + S::LANES))];
+                            s.store_bf16_twice(row.as_mut_ptr().add(at), both);
+                        }
+                    }
+                }
+                for half in 0..2 {
+                    let from = rows.as_ptr().cast::<f32>().wrapping_add(half * SQUARE);
+                    let to = self.panel[(k / 2 + half * SQUARE) * self.width + lane..].as_mut_ptr();
+                    // SAFETY: eight rows of sixteen pairs, and eight lines of the panel.
+                    unsafe { s.turn(from, 2 * SQUARE as isize, to, self.width as isize) };
+                }
+            }
+        }
+        whole / 2
+    }
+
+    /// Lanes that lie side by side; gives how many pairs it did.
+    ///
+    /// # Safety
+    /// As [`PackPairs::turned`].
+    #[inline(always)]
+    unsafe fn side_by_side<S: Simd>(&mut self, s: S) -> usize {
+        let whole = self.k / 2;
+        for pair in 0..whole {
+            let from = self.x.wrapping_offset(2 * pair as isize * self.steps[1]);
+            for lane in (0..self.width).step_by(S::LANES) {
+                // SAFETY: a vector of each element, and of the line.
+                unsafe {
+                    let low = s.load(from.add(lane));
+                    let high = s.load(from.wrapping_offset(self.steps[1]).add(lane));
+                    s.store(
+                        self.panel.as_mut_ptr().add(pair * self.width + lane),
+                        s.pairs(low, high),
+                    );
+                }
+            }
+        }
+        whole
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::matvec::tests::random;
+
+    #[test]
+    fn pairs_are_packed_however_lanes_lie() {
+        let (mut seed, width) = (3, panel_width());
+        for (lanes, k) in [
+            (1, 1),
+            (width, 64),
+            (2 * width + 3, 77),
+            (width, 34),
+            (3 * width, 33),
+        ] {
+            let x: Vec<f32> = (0..lanes * k).map(|_| random(&mut seed)).collect();
+            let count = lanes.div_ceil(width);
+            for steps in [[k as isize, 1], [1, lanes as isize]] {
+                let mut panels = vec![f32::NAN; count * width * k.div_ceil(2)];
+                // SAFETY: `x` is `[lanes, k]`, or turned.
+                unsafe { pack_pairs(Shared::of(x.as_ptr()), steps, lanes, k, 0..count, &mut panels) };
+                for (p, panel) in panels.chunks_exact(width * k.div_ceil(2)).enumerate() {
+                    for (pair, line) in panel.chunks_exact(width).enumerate() {
+                        for (lane, found) in line.iter().enumerate() {
+                            let at = |k_at: usize| {
+                                (p * width + lane) as isize * steps[0] + k_at as isize * steps[1]
+                            };
+                            let there = |k_at: usize| p * width + lane < lanes && k_at < k;
+                            let wanted = [2 * pair, 2 * pair + 1]
+                                .map(|k_at| if there(k_at) { x[at(k_at) as usize] } else { 0.0 })
+                                .map(|x| u32::from(bf16::from_f32(x).to_bits()));
+                            assert_eq!(
+                                found.to_bits(),
+                                wanted[0] | wanted[1] << 16,
+                                "[{lanes} {k}] {steps:?}"
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
 
     #[test]
     fn blocks_of_any_size_agree_with_the_definition() {

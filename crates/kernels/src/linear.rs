@@ -3,16 +3,17 @@
 //! Few tokens go vector by vector, reading the weights as stored; more go through the blocked product in `gemm`.
 
 use crate::elementwise::{Unary, apply_slice};
-use crate::gemm::{Arithmetic, Gemm, Rows, SQUARE, block_space, opening, pack_panels, panel_width};
+use crate::gemm::{
+    Arithmetic, Gemm, Rows, SQUARE, block_space, by_tiles, opening, pack_pairs, pack_panels, panel_width,
+};
 use crate::loops::Shared;
 use crate::matvec::far::{self, Count, STREAMS};
 use crate::matvec::{self, Prepared};
 use crate::pool::{More, Pool};
 use crate::scratch::Scratch;
-use crate::simd::{Kernel, Simd, dispatch, dispatch_pairs, has_pairs};
+use crate::simd::{Kernel, Simd, dispatch, has_pairs};
 use crate::strided::{View, ViewMut};
-use crate::weights::{Lines, Read, Round, Weights};
-use half::bf16;
+use crate::weights::{Lines, Read, Weights};
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -536,27 +537,29 @@ fn many(pool: &Pool, x: View<'_, f32>, layers: &[Layer<'_>], scratch: &mut Scrat
     let token_blocks = panels.div_ceil(panels_each);
     let each = block_space(GEMM_ROWS) + 2 * GEMM_ROWS * panels_each * width;
     let pairs = layers[0].pairs;
-    // Elements of a token: in pairs, the rounded tokens lie behind the panels.
-    let (elements, rounded) = if pairs {
-        (k.div_ceil(2), m * k.div_ceil(2))
-    } else {
-        (k, 0)
-    };
-    let (space, work) = scratch.with_own(panels * width * elements + rounded, pool.threads(), each);
-    let (packed, rounded) = space.split_at_mut(panels * width * elements);
+    if pairs && !by_tiles() {
+        for layer in layers {
+            layer.w.weights.used_in_pairs(pool);
+            layer.up.inspect(|up| up.weights.used_in_pairs(pool));
+        }
+    }
+    // Elements of a token in a panel, numbers or pairs.
+    let elements = if pairs { k.div_ceil(2) } else { k };
+    let (packed, work) = scratch.with_own(panels * width * elements, pool.threads(), each);
     let target = Shared(packed.as_mut_ptr());
-    let (source, steps) = if pairs {
-        round_tokens(pool, &x, rounded);
-        (Shared::of(rounded.as_ptr()), [elements as isize, 1])
-    } else {
-        (Shared::of(x.ptr()), [x.strides()[0], x.strides()[1]])
-    };
+    let (source, steps) = (Shared::of(x.ptr()), [x.strides()[0], x.strides()[1]]);
     pool.run_ranges(panels, (16384 / (width * elements).max(1)).max(1), &|range| {
         let to = target.at((range.start * width * elements) as isize);
         // SAFETY: the panels of `range` are this thread's part of `packed`.
         let to = unsafe { std::slice::from_raw_parts_mut(to, range.len() * width * elements) };
-        // SAFETY: the source holds `m` tokens of `elements`.
-        unsafe { pack_panels(source, steps, m, elements, range, to) };
+        // SAFETY: the source holds `m` tokens of `k` elements.
+        unsafe {
+            if pairs {
+                pack_pairs(source, steps, m, k, range, to);
+            } else {
+                pack_panels(source, steps, m, k, range, to);
+            }
+        }
     });
     let packed = &*packed;
     let mut ends = [0_usize; 8];
@@ -583,35 +586,6 @@ fn many(pool: &Pool, x: View<'_, f32>, layers: &[Layer<'_>], scratch: &mut Scrat
         // SAFETY: each worker has its own part of `work`.
         let work = unsafe { work.of(worker) };
         many_rows(layer, packed, (m, k), (rows, then), range, work);
-    });
-}
-
-/// The tokens in pairs of bf16, side by side; a zero behind an odd number of elements.
-fn round_tokens(pool: &Pool, x: &View<'_, f32>, rounded: &mut [f32]) {
-    let [m, k] = [x.shape()[0], x.shape()[1]];
-    let pairs = k.div_ceil(2);
-    let (source, steps, to) = (
-        Shared::of(x.ptr()),
-        [x.strides()[0], x.strides()[1]],
-        Shared(rounded.as_mut_ptr()),
-    );
-    pool.run_ranges(m, (16384 / pairs.max(1)).max(1), &|range| {
-        for token in range {
-            // SAFETY: the pairs of a token are this thread's.
-            let to = unsafe { std::slice::from_raw_parts_mut(to.at((token * pairs) as isize), pairs) };
-            let (to, rest) = bytemuck::cast_slice_mut::<f32, bf16>(to).split_at_mut(k);
-            rest.fill(bf16::ZERO);
-            let from = source.at(token as isize * steps[0]);
-            if steps[1] == 1 {
-                // SAFETY: the elements of a token lie side by side.
-                dispatch_pairs(Round(unsafe { std::slice::from_raw_parts(from, k) }, to));
-                continue;
-            }
-            for (i, to) in to.iter_mut().enumerate() {
-                // SAFETY: an element of the token.
-                *to = bf16::from_f32(unsafe { *from.wrapping_offset(i as isize * steps[1]) });
-            }
-        }
     });
 }
 
@@ -754,7 +728,7 @@ mod tests {
     use super::*;
     use crate::matvec::tests::random;
     use crate::strided::dense_strides;
-    use half::f16;
+    use half::{bf16, f16};
     use proptest::prelude::*;
 
     fn weights(rows: usize, cols: usize, kind: usize, seed: &mut u64) -> Weights {
@@ -967,6 +941,34 @@ mod tests {
                 let bound = 2e-3 * (1.0 + other.abs());
                 assert!((found - sum.tanh() * other).abs() < bound, "{kinds:?} [{j}]");
             }
+        }
+    }
+
+    #[test]
+    fn weights_packed_in_pairs_give_the_same_sums() {
+        let (pool, mut seed) = (Pool::new(2), 9);
+        for (m, n, k, kind) in [
+            (64, 100, 577, 0),
+            (33, 49, 1100, 1),
+            (5, 12, 30, 2),
+            (70, 1, 576, 6),
+            (64, 61, 640, 7),
+        ] {
+            let x: Vec<f32> = (0..m * k).map(|_| random(&mut seed)).collect();
+            let (w, up) = (weights(n, k, kind, &mut seed), weights(n, k, kind, &mut seed));
+            let (x_shape, x_strides, shape, strides) = ([m, k], [k as isize, 1], [m, n], [n as isize, 1]);
+            let how = (Unary::Tanh, Arithmetic::Bf16);
+            let run = || {
+                let mut y = vec![f32::NAN; m * n];
+                let x = View::new(&x, 0, &x_shape, &x_strides).unwrap();
+                let out = ViewMut::new(&mut y, 0, &shape, &strides).unwrap();
+                gated(&pool, x, (&w, &up), how, out, &mut Scratch::new());
+                y
+            };
+            let before = run();
+            w.pack_pairs(&pool);
+            up.pack_pairs(&pool);
+            assert_eq!(run(), before, "[{m}, {n}, {k}], kind {kind}");
         }
     }
 

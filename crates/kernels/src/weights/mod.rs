@@ -3,12 +3,14 @@
 mod affine;
 pub(crate) mod bf12;
 mod lut;
+mod pairs;
 mod slab;
 
 pub(crate) use affine::Affine;
 pub(crate) use bf12::Bf12;
 #[cfg_attr(not(target_arch = "x86_64"), allow(unused_imports))]
 pub(crate) use lut::{FixedTables, Lut};
+pub(crate) use pairs::Pairs;
 
 use crate::matvec::Stored;
 use crate::pool::Pool;
@@ -40,6 +42,8 @@ pub(crate) struct Matrix {
     pub storage: Storage,
     /// The same numbers in 12 bits: what is read once it is there.
     bf12: OnceLock<Option<Bf12>>,
+    /// The same rounded to pairs of bf16: what products of many tokens in pairs read once it is there.
+    pairs: OnceLock<Pairs>,
     packing: Packing,
 }
 
@@ -50,6 +54,8 @@ struct Packing {
     wanted: OnceLock<(usize, Box<dyn Fn() + Send + Sync>)>,
     /// Products with few tokens so far.
     uses: AtomicUsize,
+    /// Products with many tokens in pairs so far.
+    uses_in_pairs: AtomicUsize,
 }
 
 impl std::fmt::Debug for Packing {
@@ -234,6 +240,7 @@ impl Weights {
             cols,
             storage,
             bf12: OnceLock::new(),
+            pairs: OnceLock::new(),
             packing: Packing::default(),
         }))
     }
@@ -264,6 +271,31 @@ impl Weights {
                 up.pack(pool);
             }
         }
+    }
+
+    /// Counts a product with many tokens in pairs of bf16; packs pairs at the second one.
+    pub(crate) fn used_in_pairs(&self, pool: &Pool) {
+        let packing = &self.0.packing;
+        let Some((_, packed)) = packing.wanted.get().filter(|_| self.pairs().is_none()) else {
+            return;
+        };
+        if packing.uses_in_pairs.fetch_add(1, Ordering::Relaxed) == 1 {
+            self.pack_pairs(pool);
+            packed();
+        }
+    }
+
+    /// Packs the numbers in pairs of bf16.
+    pub(crate) fn pack_pairs(&self, pool: &Pool) {
+        if self.pairs().is_none() {
+            // Another thread may have been first: what it made is as good.
+            let _ = self.0.pairs.set(Pairs::pack(pool, self));
+        }
+    }
+
+    /// The numbers in pairs of bf16, where they were packed.
+    pub(crate) fn pairs(&self) -> Option<&Pairs> {
+        self.0.pairs.get()
     }
 
     /// Packs the numbers, where that loses nothing.
@@ -394,7 +426,7 @@ impl Weights {
 
     /// Bytes held in memory or mapped, tables included.
     pub fn bytes(&self) -> usize {
-        Read::of(self).bytes()
+        Read::of(self).bytes() + self.pairs().map_or(0, Pairs::bytes)
     }
 }
 
