@@ -151,7 +151,7 @@ impl Gemm<'_> {
                 _ if start + depth == all => self.then,
                 _ => Lines::default(),
             };
-            self.step(&rows, &panels, (start, depth), after, c, space);
+            self.step((&rows, &panels), (start, depth), after, c, space);
             start += depth;
         }
     }
@@ -159,8 +159,7 @@ impl Gemm<'_> {
     /// Steps of `k`, or pairs of them, so many from `start` on.
     fn step(
         &self,
-        rows: &Range<usize>,
-        panels: &Range<usize>,
+        (rows, panels): (&Range<usize>, &Range<usize>),
         (start, depth): (usize, usize),
         after: Lines,
         c: &mut [f32],

@@ -46,7 +46,7 @@ pub use copy::{ConvertTo, copy, f16_to_f32, f32_to_f16, round_to_f16};
 pub use elementwise::*;
 pub use gather::{gather, gather_rows, wrap_index};
 pub use gemm::Arithmetic;
-pub use linear::{Epilogue, expect as linear_expect, gated, linear, linear_many};
+pub use linear::{Epilogue, Mlp, expect as linear_expect, gated, linear, linear_many, mlp};
 pub use matmul::{Operand, matmul_f32};
 pub use norm::*;
 pub use pool::Pool;

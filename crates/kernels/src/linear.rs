@@ -10,8 +10,8 @@ use crate::loops::Shared;
 use crate::matvec::far::{self, Count, STREAMS};
 use crate::matvec::{self, Prepared};
 use crate::pool::{More, Pool};
-use crate::scratch::Scratch;
-use crate::simd::{Kernel, Simd, dispatch, has_pairs};
+use crate::scratch::{Own, Scratch};
+use crate::simd::{Kernel, Simd, dispatch, dispatch_pairs, has_pairs};
 use crate::strided::{View, ViewMut};
 use crate::weights::{Lines, Read, Weights};
 use std::cell::RefCell;
@@ -59,12 +59,22 @@ struct Layer<'a> {
     steps: [isize; 2],
     /// Many tokens are multiplied in pairs of bf16.
     pairs: bool,
+    /// Results of many tokens go into these panels of the next product, not into `y`.
+    panels: Option<Shared<f32>>,
 }
 
 impl<'a> Layer<'a> {
     fn new(w: &'a Weights, x: &View<'_, f32>, y: &mut ViewMut<'_, f32>, epilogue: &Epilogue<'a>) -> Self {
-        let (&[m, k], &[ym, n]) = (x.shape(), y.shape()) else {
+        let &[m, k] = x.shape() else {
             panic!("a linear layer takes matrices")
+        };
+        Layer::of(w, (m, k), y, epilogue)
+    }
+
+    /// Of an input of `m` tokens of `k`.
+    fn of(w: &'a Weights, (m, k): (usize, usize), y: &mut ViewMut<'_, f32>, epilogue: &Epilogue<'a>) -> Self {
+        let &[ym, n] = y.shape() else {
+            panic!("a linear layer gives a matrix")
         };
         assert!(
             m == ym && k == w.cols() && n == w.rows(),
@@ -80,17 +90,26 @@ impl<'a> Layer<'a> {
             assert_eq!(r.shape(), [m, n], "linear: residual shape");
             (Shared::of(r.ptr()), [r.strides()[0], r.strides()[1]])
         });
-        let steps = [y.strides()[0], y.strides()[1]];
-        let (bias, activation) = (epilogue.bias, epilogue.activation);
+        Layer {
+            residual,
+            y: Shared(y.ptr()),
+            steps: [y.strides()[0], y.strides()[1]],
+            ..Layer::bare(w, epilogue)
+        }
+    }
+
+    /// Without an output and a residual.
+    fn bare(w: &'a Weights, epilogue: &Epilogue<'a>) -> Self {
         Layer {
             w: Read::of(w),
             up: None,
-            bias,
-            activation,
-            residual,
-            y: Shared(y.ptr()),
-            steps,
+            bias: epilogue.bias,
+            activation: epilogue.activation,
+            residual: None,
+            y: Shared(std::ptr::null_mut()),
+            steps: [0, 1],
             pairs: epilogue.arithmetic == Arithmetic::Bf16 && has_pairs(),
+            panels: None,
         }
     }
 
@@ -178,7 +197,7 @@ pub fn linear(
     }
     let layer = Layer::new(w, &x, &mut y, epilogue);
     if tokens <= FEW_TOKENS {
-        few(pool, x, &[layer], scratch);
+        few(pool, x, &[layer], scratch.f32(few_space(tokens, x.shape()[1])));
     } else {
         many(pool, x, &[layer], scratch);
     }
@@ -214,10 +233,84 @@ pub fn gated(
         ..Layer::new(gate, &x, &mut y, &epilogue)
     };
     if tokens <= FEW_TOKENS {
-        few(pool, x, &[layer], scratch);
+        few(pool, x, &[layer], scratch.f32(few_space(tokens, x.shape()[1])));
     } else {
         many(pool, x, &[layer], scratch);
     }
+}
+
+/// A gated MLP: `down(act(x gateᵀ) * (x upᵀ))`.
+#[derive(Debug, Clone, Copy)]
+pub struct Mlp<'a> {
+    /// `[n, k]`.
+    pub gate: &'a Weights,
+    /// `[n, k]`.
+    pub up: &'a Weights,
+    /// Applied to the gate's product.
+    pub activation: Unary,
+    /// `[l, n]`.
+    pub down: &'a Weights,
+}
+
+/// `y[m, l] = mlp(x[m, k])` with the epilogue of its last product. What lies between the products is not stored where they read it from.
+/// `next` is called when the last product begins, and may say with [`expect`] what is read after it.
+///
+/// # Panics
+/// When the shapes do not fit.
+pub fn mlp(
+    pool: &Pool,
+    x: View<'_, f32>,
+    mlp: &Mlp<'_>,
+    (mut y, epilogue): (ViewMut<'_, f32>, &Epilogue<'_>),
+    next: &dyn Fn(),
+    scratch: &mut Scratch,
+) {
+    let (&[m, k], n) = (x.shape(), mlp.gate.rows()) else {
+        panic!("a linear layer takes matrices")
+    };
+    assert!(
+        mlp.up.rows() == n && mlp.up.cols() == k && mlp.gate.cols() == k && mlp.down.cols() == n,
+        "mlp: weights fit each other"
+    );
+    let between = Epilogue {
+        activation: Some(mlp.activation),
+        arithmetic: epilogue.arithmetic,
+        ..Epilogue::default()
+    };
+    if m <= FEW_TOKENS {
+        mlp.gate.used(pool, Some(mlp.up));
+        mlp.down.used(pool, None);
+        let space = scratch.f32(few_space(m, k) + few_space(m, n) + m * n);
+        let (first, space) = space.split_at_mut(few_space(m, k));
+        let (second, hidden) = space.split_at_mut(few_space(m, n));
+        let gate = Layer {
+            up: Some(Read::of(mlp.up)),
+            y: Shared(hidden.as_mut_ptr()),
+            steps: [n as isize, 1],
+            ..Layer::bare(mlp.gate, &between)
+        };
+        expect(pool, std::iter::once((mlp.down, None)));
+        few(pool, x, &[gate], first);
+        let (shape, strides) = ([m, n], [n as isize, 1]);
+        let hidden = View::new(hidden, 0, &shape, &strides).expect("so many numbers were asked for");
+        let down = Layer::new(mlp.down, &hidden, &mut y, epilogue);
+        next();
+        return few(pool, hidden, &[down], second);
+    }
+    let gate = Layer {
+        up: Some(Read::of(mlp.up)),
+        ..Layer::bare(mlp.gate, &between)
+    };
+    let down = Layer::of(mlp.down, (m, n), &mut y, epilogue);
+    let [first, second] = [k, n].map(|k| Tokens::new(m, k, gate.pairs));
+    let (space, work) = scratch.with_own(first.len() + second.len(), pool.threads(), first.work());
+    let (packed, hidden) = space.split_at_mut(first.len());
+    count_pairs(pool, &[gate, down]);
+    pack_tokens(pool, &x, first, packed);
+    let panels = Some(Shared(hidden.as_mut_ptr()));
+    products(pool, (packed, first), &[Layer { panels, ..gate }], work);
+    next();
+    products(pool, (hidden, second), &[down], work);
 }
 
 /// Several linear layers on one `x`, dispatched together: `outputs[i] = x * layers[i].0^T + layers[i].1`.
@@ -254,7 +347,12 @@ pub fn linear_many(
         let Some(first) = parts[0] else { return };
         let parts = parts.map(|part| part.unwrap_or(first));
         if tokens <= FEW_TOKENS {
-            few(pool, x, &parts[..layers.len()], scratch);
+            few(
+                pool,
+                x,
+                &parts[..layers.len()],
+                scratch.f32(few_space(tokens, x.shape()[1])),
+            );
         } else {
             many(pool, x, &parts[..layers.len()], scratch);
         }
@@ -269,20 +367,23 @@ fn chunk_rows(pool: &Pool, layer: &Layer<'_>, tokens: usize, total_bytes: usize)
     (least / row_bytes).max(1).next_multiple_of(8)
 }
 
-/// Each token by itself: matrix times vector.
-fn few(pool: &Pool, x: View<'_, f32>, layers: &[Layer<'_>], scratch: &mut Scratch) {
+/// Working memory of [`few`] for `m` tokens of `k`.
+fn few_space(m: usize, k: usize) -> usize {
+    m * (k.next_multiple_of(16) + matvec::prepared_len(k))
+}
+
+/// Each token by itself: matrix times vector. `space` is [`few_space`].
+fn few(pool: &Pool, x: View<'_, f32>, layers: &[Layer<'_>], space: &mut [f32]) {
     let lanes = Lanes::of(pool, layers.iter().map(|layer| (layer.w, layer.up)));
-    few_in(lanes, pool, x, layers, scratch);
+    few_in(lanes, pool, x, layers, space);
 }
 
 /// As [`few`], spread over lanes in far streams where that suits.
-fn few_in(lanes: Option<Lanes>, pool: &Pool, x: View<'_, f32>, layers: &[Layer<'_>], scratch: &mut Scratch) {
+fn few_in(lanes: Option<Lanes>, pool: &Pool, x: View<'_, f32>, layers: &[Layer<'_>], mut space: &mut [f32]) {
     let [m, k] = [x.shape()[0], x.shape()[1]];
     if m == 0 {
         return;
     }
-    let each = k.next_multiple_of(16) + matvec::prepared_len(k);
-    let mut space = scratch.f32(m * each);
     let mut all: [&Weights; 16] = [layers[0].w.weights; 16];
     for (i, layer) in layers.iter().enumerate() {
         all[2 * i] = layer.w.weights;
@@ -528,30 +629,75 @@ fn few_rows(layer: &Layer<'_>, tokens: &[Prepared<'_>], rows: Range<usize>) {
     }
 }
 
-/// All tokens at once: the blocked product.
-fn many(pool: &Pool, x: View<'_, f32>, layers: &[Layer<'_>], scratch: &mut Scratch) {
-    let [m, k] = [x.shape()[0], x.shape()[1]];
-    let width = panel_width();
-    let panels = m.div_ceil(width);
-    let panels_each = (GEMM_TOKENS / width).min(panels).max(1);
-    let token_blocks = panels.div_ceil(panels_each);
-    let each = block_space(GEMM_ROWS) + 2 * GEMM_ROWS * panels_each * width;
-    let pairs = layers[0].pairs;
-    if pairs && !by_tiles() {
-        for layer in layers {
-            layer.w.weights.used_in_pairs(pool);
-            layer.up.inspect(|up| up.weights.used_in_pairs(pool));
+/// Tokens packed for the blocked product.
+#[derive(Debug, Clone, Copy)]
+struct Tokens {
+    m: usize,
+    k: usize,
+    pairs: bool,
+    panels: usize,
+    /// Panels multiplied together.
+    panels_each: usize,
+}
+
+impl Tokens {
+    fn new(m: usize, k: usize, pairs: bool) -> Tokens {
+        let width = panel_width();
+        let panels = m.div_ceil(width);
+        let panels_each = (GEMM_TOKENS / width).min(panels).max(1);
+        Tokens {
+            m,
+            k,
+            pairs,
+            panels,
+            panels_each,
         }
     }
-    // Elements of a token in a panel, numbers or pairs.
-    let elements = if pairs { k.div_ceil(2) } else { k };
-    let (packed, work) = scratch.with_own(panels * width * elements, pool.threads(), each);
+
+    /// Lines of a panel: numbers of a token, or pairs.
+    fn lines(self) -> usize {
+        if self.pairs { self.k.div_ceil(2) } else { self.k }
+    }
+
+    /// Numbers of all panels.
+    fn len(self) -> usize {
+        self.panels * self.lines() * panel_width()
+    }
+
+    /// Working memory of a thread.
+    fn work(self) -> usize {
+        block_space(GEMM_ROWS) + 2 * GEMM_ROWS * self.panels_each * panel_width()
+    }
+}
+
+/// All tokens at once: the blocked product.
+fn many(pool: &Pool, x: View<'_, f32>, layers: &[Layer<'_>], scratch: &mut Scratch) {
+    let tokens = Tokens::new(x.shape()[0], x.shape()[1], layers[0].pairs);
+    let (packed, work) = scratch.with_own(tokens.len(), pool.threads(), tokens.work());
+    count_pairs(pool, layers);
+    pack_tokens(pool, &x, tokens, packed);
+    products(pool, (packed, tokens), layers, work);
+}
+
+/// Counts products in pairs, where weights are packed for them.
+fn count_pairs(pool: &Pool, layers: &[Layer<'_>]) {
+    for layer in layers.iter().filter(|layer| layer.pairs && !by_tiles()) {
+        layer.w.weights.used_in_pairs(pool);
+        layer.up.inspect(|up| up.weights.used_in_pairs(pool));
+    }
+}
+
+fn pack_tokens(pool: &Pool, x: &View<'_, f32>, tokens: Tokens, packed: &mut [f32]) {
+    let Tokens {
+        m, k, pairs, panels, ..
+    } = tokens;
+    let each = panel_width() * tokens.lines();
     let target = Shared(packed.as_mut_ptr());
     let (source, steps) = (Shared::of(x.ptr()), [x.strides()[0], x.strides()[1]]);
-    pool.run_ranges(panels, (16384 / (width * elements).max(1)).max(1), &|range| {
-        let to = target.at((range.start * width * elements) as isize);
+    pool.run_ranges(panels, (16384 / each.max(1)).max(1), &|range| {
+        let to = target.at((range.start * each) as isize);
         // SAFETY: the panels of `range` are this thread's part of `packed`.
-        let to = unsafe { std::slice::from_raw_parts_mut(to, range.len() * width * elements) };
+        let to = unsafe { std::slice::from_raw_parts_mut(to, range.len() * each) };
         // SAFETY: the source holds `m` tokens of `k` elements.
         unsafe {
             if pairs {
@@ -561,7 +707,18 @@ fn many(pool: &Pool, x: View<'_, f32>, layers: &[Layer<'_>], scratch: &mut Scrat
             }
         }
     });
-    let packed = &*packed;
+}
+
+/// Every layer for all tokens.
+fn products(pool: &Pool, (packed, tokens): (&[f32], Tokens), layers: &[Layer<'_>], work: Own) {
+    let Tokens {
+        m,
+        k,
+        pairs,
+        panels,
+        panels_each,
+    } = tokens;
+    let token_blocks = panels.div_ceil(panels_each);
     let mut ends = [0_usize; 8];
     let mut chunks = 0;
     for (end, layer) in ends.iter_mut().zip(layers) {
@@ -633,13 +790,31 @@ fn many_rows(
                 pairs: layer.pairs,
                 then,
             }
-            .block(rows.clone(), panels, ups, space)
+            .block(rows.clone(), panels.clone(), ups, space)
         };
         let used = rows.len() * line;
         sums[..used]
             .iter_mut()
             .zip(&ups[..used])
             .for_each(|(sum, up)| *sum *= up);
+    }
+    if let Some(to) = layer.panels {
+        let lines = if layer.pairs {
+            layer.w.rows().div_ceil(2)
+        } else {
+            layer.w.rows()
+        };
+        return dispatch_pairs_if(
+            layer.pairs,
+            IntoPanels {
+                sums,
+                line,
+                rows,
+                first: to.at((panels.start * lines * width) as isize),
+                step: lines * width,
+                pairs: layer.pairs,
+            },
+        );
     }
     // Results are `[row][token]`. Rows go out as they are when tokens lie side by side, else by small squares.
     if layer.steps[0] == 1 && layer.residual.is_none_or(|(_, steps)| steps[0] == 1) {
@@ -665,6 +840,63 @@ fn many_rows(
         rows,
         tokens: first..first + count,
     });
+}
+
+/// Runs `kernel` with instructions for pairs of bf16 where `pairs`.
+fn dispatch_pairs_if<K: Kernel>(pairs: bool, kernel: K) -> K::Out {
+    if pairs {
+        dispatch_pairs(kernel)
+    } else {
+        dispatch(kernel)
+    }
+}
+
+/// Stores sums `[row][token]` as panels of the next product, whose depth these rows are.
+struct IntoPanels<'a> {
+    sums: &'a [f32],
+    line: usize,
+    /// An even first one.
+    rows: Range<usize>,
+    /// The first panel of these tokens, and how far it is to the next.
+    first: *mut f32,
+    step: usize,
+    pairs: bool,
+}
+
+impl Kernel for IntoPanels<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (width, each) = (2 * S::LANES, if self.pairs { 2 } else { 1 });
+        assert!(
+            self.sums.len() >= self.rows.len() * self.line && self.line.is_multiple_of(width),
+            "linear: sums"
+        );
+        for panel in 0..self.line / width {
+            for row in (0..self.rows.len()).step_by(each) {
+                let to = self
+                    .first
+                    .wrapping_add(panel * self.step + (self.rows.start + row) / each * width);
+                for half in 0..2 {
+                    let at = row * self.line + panel * width + half * S::LANES;
+                    // SAFETY: vectors of the sums of a row and the next, where there is one; the line of the panel is this thread's.
+                    unsafe {
+                        let mut x = s.load(self.sums.as_ptr().add(at));
+                        if self.pairs {
+                            let there = row + 1 < self.rows.len();
+                            let high = if there {
+                                s.load(self.sums.as_ptr().add(at + self.line))
+                            } else {
+                                s.zero()
+                            };
+                            x = s.pairs(x, high);
+                        }
+                        s.store(to.add(half * S::LANES), x);
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// Stores sums `[row][token]` by squares that are turned in registers.
@@ -899,7 +1131,7 @@ mod tests {
             layer.up = (extras == 3).then_some(Read::of(&up));
             let layers = [layer, Layer::new(&all[1], &view, &mut other_out, &Epilogue::default())];
             let lanes = Lanes::spread(&pool, layers.iter().map(|layer| (layer.w, layer.up)));
-            few_in(Some(lanes), &pool, view, &layers, &mut Scratch::new());
+            few_in(Some(lanes), &pool, view, &layers, &mut vec![f32::NAN; few_space(m, k)]);
             let bound = |sum: f32| 1e-4 * (1.0 + (k as f32).sqrt()) * (1.0 + sum.abs());
             for i in 0..m {
                 for j in 0..n {
@@ -969,6 +1201,45 @@ mod tests {
             w.pack_pairs(&pool);
             up.pack_pairs(&pool);
             assert_eq!(run(), before, "[{m}, {n}, {k}], kind {kind}");
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(60))]
+        #[test]
+        fn an_mlp_gives_what_its_products_give(
+            m in 1_usize..70, n in 1_usize..300, k in 1_usize..200, l in 1_usize..120, kind in 0_usize..8, seed in any::<u64>(),
+            bf16 in any::<bool>(), threads in 1_usize..4, with_residual in any::<bool>(),
+        ) {
+            let (pool, mut seed) = (Pool::new(threads), seed);
+            let [n, k] = [n, k].map(|size| if kind >= 6 { size.next_multiple_of(64) } else { size });
+            let w = [(n, k), (n, k), (l, n)].map(|(rows, cols)| weights(rows, cols, kind, &mut seed));
+            let numbers = |count: usize, seed: &mut u64| -> Vec<f32> { (0..count).map(|_| random(seed)).collect() };
+            let (x, bias, residual) = (numbers(m * k, &mut seed), numbers(l, &mut seed), numbers(m * l, &mut seed));
+            let arithmetic = if bf16 { Arithmetic::Bf16 } else { Arithmetic::F32 };
+            let (x_shape, inner, shape) = ([m, k], [m, n], [m, l]);
+            let (x_strides, inner_strides, strides) = ([k as isize, 1], [n as isize, 1], [l as isize, 1]);
+            let view = View::new(&x, 0, &x_shape, &x_strides).unwrap();
+            let epilogue = Epilogue {
+                bias: Some(&bias),
+                activation: None,
+                residual: with_residual.then(|| View::new(&residual, 0, &shape, &strides).unwrap()),
+                arithmetic,
+            };
+            let (mut hidden, mut apart, mut together) =
+                (vec![f32::NAN; m * n], vec![f32::NAN; m * l], vec![f32::NAN; m * l]);
+            let out = ViewMut::new(&mut hidden, 0, &inner, &inner_strides).unwrap();
+            gated(&pool, view, (&w[0], &w[1]), (Unary::Silu, arithmetic), out, &mut Scratch::new());
+            let view_of_hidden = View::new(&hidden, 0, &inner, &inner_strides).unwrap();
+            let out = ViewMut::new(&mut apart, 0, &shape, &strides).unwrap();
+            linear(&pool, view_of_hidden, &w[2], out, &epilogue, &mut Scratch::new());
+            let out = ViewMut::new(&mut together, 0, &shape, &strides).unwrap();
+            let call = Mlp { gate: &w[0], up: &w[1], activation: Unary::Silu, down: &w[2] };
+            let called = std::cell::Cell::new(0);
+            let next = || called.set(called.get() + 1);
+            mlp(&pool, view, &call, (out, &epilogue), &next, &mut Scratch::new());
+            prop_assert_eq!(apart, together);
+            prop_assert_eq!(called.get(), 1);
         }
     }
 

@@ -96,6 +96,8 @@ pub struct Args<'a> {
     pub pool: &'a Pool,
     /// Reused temporary memory of the kernels.
     pub scratch: &'a mut Scratch,
+    /// The operation whose weights are read row by row next: announced already, for who announces others meanwhile.
+    pub then: Option<&'a dyn Op>,
 }
 
 /// An input.

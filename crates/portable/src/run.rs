@@ -5,7 +5,7 @@ use crate::array::{Array, Buffer, Data, OwnedArray};
 use crate::constant::{Const, ConstData};
 use crate::graph::Storage;
 use crate::layout::{Layout, elements};
-use crate::op::{Args, In, Out};
+use crate::op::{Args, In, Op, Out};
 use crate::plan::{Operand, Place, Plan, Slot, Step};
 use crate::state::{StateBuffer, StateData};
 use candle_coreml_kernels::{self as kernels, Arena, Pool, Scratch, View, ViewMut};
@@ -141,11 +141,15 @@ impl Workspace {
                 kernels::ask(&*next.op);
                 kernels::ask(behind);
             }
-            if let Some(next) = step.then.and_then(|next| plan.steps.get(next)) {
-                next.op.expect(options.pool);
+            let then = step
+                .then
+                .and_then(|next| plan.steps.get(next))
+                .map(|next| &*next.op);
+            if let Some(then) = then {
+                then.expect(options.pool);
             }
             let start = options.observer.as_ref().map(|_| Instant::now());
-            self.step(step, states, options.pool)?;
+            self.step((step, then), states, options.pool)?;
             let elapsed = start.map(|s| s.elapsed());
             let wanted = options.observer.as_ref().is_some_and(|o| o.wants_results());
             let overflows = if wanted { self.overflows(step) } else { 0 };
@@ -169,7 +173,12 @@ impl Workspace {
         Ok(())
     }
 
-    fn step(&mut self, step: &Step, states: &mut [&mut StateBuffer], pool: &Pool) -> Result<(), Error> {
+    fn step(
+        &mut self,
+        (step, then): (&Step, Option<&dyn Op>),
+        states: &mut [&mut StateBuffer],
+        pool: &Pool,
+    ) -> Result<(), Error> {
         let mut reads: SmallVec<[Range<usize>; 4]> = SmallVec::new();
         let mut writes: SmallVec<[Range<usize>; 4]> = SmallVec::new();
         for o in &step.inputs {
@@ -200,6 +209,7 @@ impl Workspace {
             outputs: SmallVec::new(),
             pool,
             scratch: &mut self.scratch,
+            then,
         };
         let (below, written, above) = split(states, written_state);
         let mut next_read = read_slices.iter();

@@ -169,7 +169,7 @@ const CASES: &[Case] = &[
             tensor<fp16, [1, 3, 2]> rows = transpose(perm = tensor<int32, [3]>([0, 2, 1]), x = back);
             tensor<fp16, [1, 3, 2]> y = add(x = x, y = rows);
         } -> (y);",
-        expect: &["Gated[4, 2]+Silu", "Linear[2, 4]"],
+        expect: &["Mlp(Gated[4, 2]+Silu, Linear[2, 4])"],
         gone: &["UnaryNode", "BinaryNode", "Permute"],
     },
     Case {

@@ -77,6 +77,7 @@ pub fn evaluate(
         outputs: Default::default(),
         pool,
         scratch: &mut scratch,
+        then: None,
     };
     for (d, l) in &data {
         args.inputs.push(match d {

@@ -272,6 +272,92 @@ impl Op for Gated {
     }
 }
 
+/// A gated MLP: what [`Gated`] gives, multiplied with one more matrix. Made by a pass.
+#[derive(Clone)]
+pub struct Mlp {
+    /// The two products of `x`.
+    pub gated: Gated,
+    /// The last one, with its epilogue; the optional second input is the residual.
+    pub down: Linear,
+}
+
+impl std::fmt::Debug for Mlp {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Mlp({:?}, {:?})", self.gated, self.down)
+    }
+}
+
+impl Op for Mlp {
+    fn name(&self) -> &'static str {
+        "mlp"
+    }
+
+    fn accepts(&self, _index: usize, layout: &Layout, storage: Storage) -> bool {
+        storage == Storage::F32 && as_matrix(layout).is_some()
+    }
+
+    fn flops(&self, inputs: &[&Layout], outputs: &[&Layout]) -> u64 {
+        let rows = elements(&inputs[0].shape) / self.gated.gate.cols().max(1);
+        let down = 2 * (self.down.weights.rows() * self.down.weights.cols() * rows) as u64;
+        self.gated.flops(inputs, outputs) + down
+    }
+
+    fn reads_rows(&self, inputs: &[&Layout]) -> bool {
+        self.gated.reads_rows(inputs)
+    }
+
+    fn expect(&self, pool: &kernels::Pool) {
+        self.gated.expect(pool);
+    }
+
+    fn weight_bytes(&self) -> usize {
+        self.gated.weight_bytes() + self.down.weight_bytes()
+    }
+
+    fn run(&self, args: &mut Args<'_>) -> OpResult<()> {
+        let flat = "internal: a matrix view failed";
+        let x = args.f32(0)?;
+        let y = args.out_f32(0)?;
+        let lx = as_matrix(&layout_of(&x)).ok_or(flat)?;
+        let ly = as_matrix(&Layout {
+            offset: y.offset(),
+            shape: y.shape().into(),
+            strides: y.strides().into(),
+        });
+        let ly = ly.ok_or(flat)?;
+        let x = kernels::View::new(x.data(), lx.offset, &lx.shape, &lx.strides).ok_or(flat)?;
+        let y = kernels::ViewMut::new(y.into_data(), ly.offset, &ly.shape, &ly.strides).ok_or(flat)?;
+        let lr = match args.inputs.get(1) {
+            Some(In::F32(r)) => Some((r.data(), as_matrix(&layout_of(r)).ok_or(flat)?)),
+            _ => None,
+        };
+        let residual = match &lr {
+            Some((data, l)) => Some(kernels::View::new(data, l.offset, &l.shape, &l.strides).ok_or(flat)?),
+            None => None,
+        };
+        let epilogue = Epilogue {
+            bias: self.down.bias.as_deref(),
+            activation: self.down.activation,
+            residual,
+            arithmetic: self.down.arithmetic,
+        };
+        let mlp = kernels::Mlp {
+            gate: &self.gated.gate,
+            up: &self.gated.up,
+            activation: self.gated.activation,
+            down: &self.down.weights,
+        };
+        let (pool, then) = (args.pool, args.then);
+        let next = || {
+            if let Some(then) = then {
+                then.expect(pool);
+            }
+        };
+        kernels::mlp(pool, x, &mlp, (y, &epilogue), &next, args.scratch);
+        Ok(())
+    }
+}
+
 /// A weight matrix and its bias, as the kernels take several of them.
 type Layer<'a> = (&'a Weights, Option<&'a [f32]>);
 

@@ -1,10 +1,11 @@
-//! What surrounds a matrix product, done inside it: activation, residual, the gate of an MLP, products that share an input.
+//! What surrounds a matrix product, done inside it: activation, residual, the gate of an MLP and its last product, products that share an
+//! input.
 
 use super::rewrite::{Rewriter, as_op, rewrite};
 use crate::graph::{Graph, Node, ValueId};
 use crate::ops::elementwise_binary::BinaryNode;
 use crate::ops::elementwise_unary::UnaryNode;
-use crate::ops::linear::{Gated, Linear, LinearMany};
+use crate::ops::linear::{Gated, Linear, LinearMany, Mlp};
 use candle_coreml_kernels::Binary;
 use smallvec::SmallVec;
 use std::collections::HashMap;
@@ -16,6 +17,43 @@ pub fn epilogues(graph: Graph) -> Graph {
     rewrite(graph, |r, node| {
         gated(r, node).or_else(|| residual(r, node)).is_some()
     })
+}
+
+/// Takes the gate of an MLP into the product that reads it.
+pub fn mlps(graph: Graph) -> Graph {
+    rewrite(graph, |r, node| mlp(r, node).is_some())
+}
+
+/// `linear(gated(x))`.
+fn mlp(r: &mut Rewriter, node: &Node) -> Option<()> {
+    let down = as_op::<Linear>(node)?;
+    let inner = node.inputs[0];
+    let (gated, source) = r.find::<Gated>(inner)?;
+    let why = [
+        (
+            down.packed.is_none(),
+            "the weights of the last product are packed",
+        ),
+        (
+            down.arithmetic == gated.arithmetic,
+            "the products are made otherwise",
+        ),
+        (
+            r.used_once(inner),
+            "what lies between the products is read elsewhere too",
+        ),
+    ];
+    if let Some((_, why)) = why.into_iter().find(|(holds, _)| !holds) {
+        return r.miss("MLP", node, why);
+    }
+    let op = Mlp {
+        gated: gated.clone(),
+        down: down.clone(),
+    };
+    let mut inputs: SmallVec<[ValueId; 2]> = smallvec::smallvec![source.inputs[0]];
+    inputs.extend(node.inputs.get(1).copied());
+    r.replace(node, Arc::new(op), &inputs);
+    Some(())
 }
 
 /// `act(linear(x))`.

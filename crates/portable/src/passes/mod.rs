@@ -30,7 +30,7 @@ pub fn optimize(graph: Graph, arithmetic: Arithmetic, threads: usize) -> Graph {
     let graph = views::simplify(views::sink(graph));
     let graph = group::activations(conv::epilogues(linear::epilogues(graph)));
     let graph = bounds::of_updates(views::simplify(graph));
-    conv::chains(linear::share_input(graph), threads)
+    conv::chains(linear::share_input(linear::mlps(graph)), threads)
 }
 
 /// Gives what only looks at the elements of another value memory of its own, so that every value is computed by a step.
