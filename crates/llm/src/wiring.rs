@@ -21,6 +21,8 @@ pub struct Wiring {
     pub gives_logits: bool,
     /// Most tokens prefill computes with one call; 1 where tokens go one by one, none where nothing is kept between calls.
     pub batch_tokens: Option<usize>,
+    /// Tokens that functions for batches of other sizes compute with one call; they are opened when a prompt wants them.
+    pub further_batches: Vec<usize>,
     /// Why tokens are not prefilled in batches, where they are not.
     pub no_batches_because: Option<String>,
     /// Tokens that local layers see, where rotation functions move them on.

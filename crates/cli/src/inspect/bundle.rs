@@ -56,6 +56,10 @@ fn facts(bundle: &Bundle) -> Result<Map<String, Value>, Failure> {
 /// The numbers of a wiring, in words.
 fn numbers(wiring: &Wiring) -> Map<String, Value> {
     let prefill = match (wiring.batch_tokens, &wiring.no_batches_because) {
+        (Some(rows), None) if !wiring.further_batches.is_empty() => {
+            let further: Vec<String> = wiring.further_batches.iter().map(usize::to_string).collect();
+            format!("{rows} tokens at once, or {}", further.join(" or "))
+        }
         (Some(rows), None) => format!("{rows} tokens at once"),
         (Some(_), Some(why)) => format!("token by token: {why}"),
         (None, why) => format!("none: {}", why.as_deref().unwrap_or_default()),

@@ -3,6 +3,7 @@
 //! Shapes and operators are those the Neural Engine runs: projections as 1x1 convolutions on [1, channels, 1, tokens], a
 //! fixed number of tokens a call, norms as layer norms, logits in parts that fit its memory.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use candle_coreml_mil::{DType, Dim, Flexibility, TensorType};
@@ -89,13 +90,22 @@ pub(super) fn write(job: &mut Job<'_>) -> Result<()> {
     head(job, &names.head())
 }
 
+/// Tokens that the functions of a chunk take: `infer`, `prefill` and the further ones, the smallest first.
+fn call_sizes(o: &LanguageModelOptions) -> Vec<usize> {
+    let further = o.further_batches.iter().copied();
+    let further: BTreeSet<usize> = further
+        .filter(|&rows| rows != o.batch && rows <= o.context)
+        .collect();
+    [1, o.batch].into_iter().chain(further).collect()
+}
+
 fn embeddings(job: &mut Job<'_>, name: &str) -> Result<()> {
     let (c, o) = (job.config, job.options);
     let mut package = ProgramBuilder::create(job.to.join(name))?;
     let table = job.tensors.embeddings(&mut package, &o.embeddings)?;
     job.stored((c.vocabulary * c.hidden) as u64);
     let mut f = FunctionBuilder::new("main");
-    let shapes = Flexibility::Enumerated(vec![vec![1, 1], vec![1, o.batch]]);
+    let shapes = Flexibility::Enumerated(call_sizes(o).into_iter().map(|rows| vec![1, rows]).collect());
     let ids = f.flexible_input("input_ids", DType::Int32, &[1, 1], shapes)?;
     let table = f.weight(&table)?;
     let mut hidden = f.gather(&table, &ids, 0)?;
@@ -217,7 +227,7 @@ fn write_chunk(job: &mut Job<'_>, chunk: usize, name: &str) -> Result<()> {
             None
         },
     };
-    for tokens in [1, o.batch] {
+    for tokens in call_sizes(o) {
         package.function(chunk_function(c, o, &weights, tokens)?)?;
     }
     let more = [
@@ -249,7 +259,12 @@ fn chunk_function(
     weights: &Chunk,
     tokens: usize,
 ) -> Result<FunctionBuilder> {
-    let mut f = FunctionBuilder::new(if tokens == 1 { "infer" } else { "prefill" });
+    let name = match tokens {
+        1 => "infer".to_owned(),
+        rows if rows == o.batch => "prefill".to_owned(),
+        rows => format!("prefill_{rows}"),
+    };
+    let mut f = FunctionBuilder::new(&name);
     let hidden = f.input("hidden_states", DType::Fp16, &[1, tokens, c.hidden])?;
     let positions = f.input("position_ids", DType::Int32, &[tokens])?;
     let mask = f.input("causal_mask", DType::Fp16, &[1, 1, tokens, o.context])?;

@@ -38,6 +38,9 @@ pub struct LanguageModelOptions {
     pub context: usize,
     /// Tokens a prefill call takes (ANEMLL layout).
     pub batch: usize,
+    /// Tokens that further functions take, `prefill_32` and so on (ANEMLL layout): this crate's engine calls them for prompts that are shorter
+    /// or longer, others leave them alone. What is [`LanguageModelOptions::batch`] or above the context is left out.
+    pub further_batches: Vec<usize>,
     /// Packages the layers are divided into (ANEMLL layout).
     pub chunks: usize,
     /// Outputs the head is divided into (ANEMLL layout); 0 chooses: 16 from 32,768 tokens of vocabulary on, else 8.
@@ -62,6 +65,7 @@ impl Default for LanguageModelOptions {
             layout: Layout::Anemll,
             context: 512,
             batch: 64,
+            further_batches: vec![32, 256],
             chunks: 1,
             head_splits: 0,
             argmax: false,
@@ -231,6 +235,12 @@ fn check(config: &DecoderConfig, options: &LanguageModelOptions) -> Result<()> {
         return wrong(
             "batch",
             format!("{}; 2 to the context of {context} is allowed", options.batch),
+        );
+    }
+    if options.further_batches.iter().any(|&rows| rows < 2) {
+        return wrong(
+            "further-batches",
+            format!("{:?}; 2 tokens and more are allowed", options.further_batches),
         );
     }
     if options.chunks == 0 || options.chunks > config.layers {

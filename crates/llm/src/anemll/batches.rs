@@ -30,9 +30,65 @@ impl Batch {
     }
 }
 
+/// What a call costs beside its rows, in rows: weights are read and threads are started for it.
+const CALL: usize = 12;
+
+/// The rows of the next call, of several sizes there are, for a prompt of which `tokens` are left: those that make all calls together the
+/// cheapest.
+pub(crate) fn size_for(tokens: usize, sizes: impl Iterator<Item = usize> + Clone) -> Option<usize> {
+    let largest_first = |size: &usize| std::cmp::Reverse(*size);
+    sizes
+        .clone()
+        .min_by_key(|size| (cost(tokens, *size, &sizes), largest_first(size)))
+}
+
+/// What `tokens` cost that begin with calls of `size` rows, as many as they fill.
+fn cost(tokens: usize, size: usize, sizes: &(impl Iterator<Item = usize> + Clone)) -> usize {
+    let (calls, rest) = (tokens / size.max(1), tokens % size.max(1));
+    match (calls, rest) {
+        (0, _) => size + CALL,
+        (_, 0) => calls * (size + CALL),
+        // What is left is less than this size, so that this ends.
+        _ => {
+            let rest = sizes.clone().map(|other| cost(rest, other, sizes)).min();
+            calls * (size + CALL) + rest.unwrap_or(0)
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_prompt_takes_calls_of_the_sizes_that_suit_it() {
+        let calls = |mut tokens: usize| {
+            let mut all = Vec::new();
+            while tokens > 0 {
+                let size = size_for(tokens, [32, 64, 256].into_iter()).unwrap();
+                all.push(size);
+                tokens = tokens.saturating_sub(size);
+            }
+            all
+        };
+        for (tokens, expected) in [
+            (1, &[32][..]),
+            (32, &[32]),
+            (33, &[64]),
+            (64, &[64]),
+            (70, &[64, 32]),
+            (100, &[64, 64]),
+            (128, &[64, 64]),
+            (200, &[256]),
+            (256, &[256]),
+            (300, &[256, 64]),
+            (512, &[256, 256]),
+        ] {
+            assert_eq!(calls(tokens), expected, "{tokens}");
+        }
+        assert_eq!(size_for(10, [64].into_iter()), Some(64));
+        assert_eq!(size_for(10, std::iter::empty()), None);
+    }
 
     fn batches(mut cached: usize, total: usize, rows: usize, slots: usize) -> Vec<(usize, usize)> {
         let mut all = Vec::new();

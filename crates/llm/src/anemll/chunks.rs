@@ -1,5 +1,7 @@
 //! Chunks of layers: which function of which package runs when, and that they fit each other.
 
+use std::sync::OnceLock;
+
 use candle_coreml_mil::Feature;
 
 use super::ChunkParts;
@@ -12,6 +14,8 @@ const PREFILL: &str = "prefill";
 const INFER: &str = "infer";
 const INFER_ROTATE: &str = "infer_rotate";
 const PREFILL_ROTATE: &str = "prefill_rotate";
+/// Begins the name of a function that prefills another number of tokens, which ends it.
+const FURTHER: &str = "prefill_";
 
 /// Which function of the chunks runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,6 +24,8 @@ pub(super) enum Mode {
     One,
     /// A batch, likewise.
     Batch,
+    /// A batch of another size, of so many rows.
+    Further(usize),
     /// One token past the window.
     RotateOne,
     /// A batch past the window.
@@ -38,13 +44,81 @@ pub(super) struct Chunk<P> {
     pub(super) prefill: Option<Call<P>>,
     pub(super) infer_rotate: Option<Call<P>>,
     pub(super) prefill_rotate: Option<Call<P>>,
+    /// Functions for batches of other sizes.
+    pub(super) further: Vec<Further<P>>,
     /// Which of the states it uses.
     pub(super) state: usize,
+}
+
+/// A function for batches of another size, opened when it is called first.
+pub(super) struct Further<P> {
+    name: String,
+    pub(super) rows: usize,
+    call: OnceLock<Call<P>>,
+}
+
+impl<P: Part> Further<P> {
+    /// Those of a package, the smallest first; none where opening one takes long.
+    fn all(part: &P) -> Vec<Self> {
+        if !part.opens_functions_fast() {
+            return Vec::new();
+        }
+        let rows = |name: &str| name.strip_prefix(FURTHER)?.parse().ok();
+        let functions = part.functions().into_iter();
+        let mut all: Vec<Self> = functions
+            .filter_map(|name| {
+                Some(Further {
+                    rows: rows(&name)?,
+                    name,
+                    call: OnceLock::new(),
+                })
+            })
+            .collect();
+        all.sort_by_key(|further| further.rows);
+        all
+    }
+}
+
+impl<P: Part> Chunk<P> {
+    /// Opens the function for batches of `rows`, where it is not open.
+    ///
+    /// # Errors
+    /// [`Error::Wiring`] where it does not fit the others.
+    pub(super) fn open_further(&self, rows: usize, renamed: &Renamed) -> Result<(), Error> {
+        let Some(further) = self.further.iter().find(|further| further.rows == rows) else {
+            return Ok(());
+        };
+        if further.call.get().is_some() {
+            return Ok(());
+        }
+        let part = self.infer.part.with_function(&further.name)?;
+        let step = Step::read(part.name(), part.interface(), renamed)?;
+        if step.rows != rows
+            || step.width != self.infer.step.width
+            || step.mask_dtype != self.infer.step.mask_dtype
+        {
+            let what = format!(
+                "takes {} tokens over {} slots, needed: {rows} over {}",
+                step.rows, step.width, self.infer.step.width
+            );
+            return Err(wrong(&part, what));
+        }
+        check_states(&self.infer.part, &part)?;
+        // Another conversation may have been first.
+        let _ = further.call.set(Call { part, step });
+        Ok(())
+    }
 }
 
 impl<P> Chunk<P> {
     pub(super) fn at(&self, mode: Mode) -> Option<&Call<P>> {
         match mode {
+            Mode::Further(rows) => self
+                .further
+                .iter()
+                .find(|further| further.rows == rows)?
+                .call
+                .get(),
             Mode::One => Some(&self.infer),
             Mode::Batch => self.prefill.as_ref(),
             Mode::RotateOne => self.infer_rotate.as_ref(),
@@ -102,11 +176,13 @@ pub(super) fn wire_chunks<P: Part>(
         let state = chunks.iter().find(same).map_or(states, |other| other.state);
         states = states.max(state + 1);
         check_against_first(chunks.first(), &one)?;
+        let further = Further::all(&infer);
         chunks.push(Chunk {
             infer: one,
             prefill,
             infer_rotate,
             prefill_rotate,
+            further,
             state,
         });
     }

@@ -101,6 +101,7 @@ impl<P: Part> AnemllModel<P> {
         let now = match self.wired.batch_after(cached, tokens.len()) {
             Some((Mode::RotateBatch, batch)) => self.rotated_batch(tokens, batch)?,
             Some((mode, batch)) => {
+                self.wired.open(mode)?;
                 let rows = self.wired.rows(mode);
                 let mut ids = Vec::with_capacity(rows);
                 for &token in tokens.get(batch.start..batch.end()).unwrap_or_default() {
@@ -283,6 +284,46 @@ mod tests {
                 assert_eq!(starts(&calls, part, "infer"), single, "{tokens} tokens");
             }
         }
+    }
+
+    #[test]
+    fn batches_of_other_sizes_are_taken_where_they_suit_and_give_the_same() {
+        let toy = Toy {
+            further: &[128, 16],
+            ..Toy::default()
+        };
+        for (tokens, expected) in [
+            (4, &[][..]),
+            (10, &[("prefill_16", 0)]),
+            (65, &[("prefill", 0)]),
+            (75, &[("prefill", 0), ("prefill_16", 64)]),
+            (129, &[("prefill_128", 0)]),
+            (200, &[("prefill_128", 0), ("prefill", 128), ("prefill_16", 192)]),
+            // The last batch would reach past the last slot.
+            (256, &[("prefill_128", 0), ("prefill_128", 128)]),
+            (252, &[("prefill_128", 0), ("prefill_128", 128)]),
+        ] {
+            let (mut model, calls) = toy.model();
+            let whole = prompt(tokens);
+            assert_eq!(
+                answer(&mut model, &whole),
+                one_by_one(&toy, &whole),
+                "{tokens} tokens"
+            );
+            for part in ["chunk0", "chunk1"] {
+                let calls = calls.lock().unwrap();
+                let batches = calls.iter().filter(|c| c.part == part && c.function != "infer");
+                let found: Vec<_> = batches.map(|c| (c.function.as_str(), c.start)).collect();
+                assert_eq!(found, expected, "{tokens} tokens");
+            }
+        }
+        let (mut model, calls) = toy.model();
+        let whole = prompt(250);
+        answer(&mut model, &whole[..210]);
+        calls.lock().unwrap().clear();
+        assert_eq!(model.prefill(&whole[..249], 210).unwrap(), 249);
+        assert_eq!(starts(&calls, "chunk0", "prefill"), [192]);
+        assert_eq!(logits(&mut model, &whole), one_by_one(&toy, &whole));
     }
 
     #[test]

@@ -36,6 +36,8 @@ impl<P: Part> Wired<P> {
             let used = match mode {
                 Mode::One => true,
                 Mode::Batch => self.batch.is_some(),
+                // Not open before it is called; the rows say it all.
+                Mode::Further(_) => false,
                 Mode::RotateOne => self.rotation.is_some(),
                 Mode::RotateBatch => self.rotation.as_ref().is_some_and(|r| r.rows.is_some()),
             };
@@ -73,6 +75,7 @@ impl<P: Part> Wired<P> {
             vocabulary: self.vocabulary,
             gives_logits: self.head_kind.gives_logits(),
             batch_tokens: Some(self.batch.unwrap_or(1)),
+            further_batches: self.further.clone(),
             no_batches_because: self.one_by_one.clone(),
             sliding_window: self.rotation.as_ref().map(|rotation| rotation.window),
             calls,

@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use candle_core::{DType, Device, Tensor};
 
 use super::AnemllModel;
-use super::batches::Batch;
+use super::batches::{Batch, size_for};
 use super::chunks::{Call, Chunk, Mode, wrong};
 use super::wired::{Wired, shortest_cache};
 use crate::Error;
@@ -106,11 +106,19 @@ impl<P: Part> Wired<P> {
             }
             rotation => {
                 let end = rotation.as_ref().map_or(self.slots, |r| r.window.min(self.slots));
-                let rows = self.batch?;
-                let batch = Batch::next(cached, total.min(end), rows, end)?;
+                let (usual, total) = (self.batch?, total.min(end));
+                // Other sizes are for batches that start where the last one ended.
+                let further = self.further.iter().copied().filter(|rows| cached + rows <= end);
+                let rows = size_for(total.saturating_sub(cached), further.chain([usual]))?;
+                let mode = if rows == usual {
+                    Mode::Batch
+                } else {
+                    Mode::Further(rows)
+                };
+                let batch = Batch::next(cached, total, rows, end)?;
                 // Padding is computed too, so that a few tokens are sooner computed one by one.
-                let few = rows / FEW_PART;
-                (batch.end() - cached > few).then_some((Mode::Batch, batch))
+                let few = usual / FEW_PART;
+                (batch.end() - cached > few).then_some((mode, batch))
             }
         }
     }

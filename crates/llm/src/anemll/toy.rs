@@ -29,6 +29,8 @@ pub(crate) struct Toy {
     pub(crate) argmax: bool,
     pub(crate) update_mask: bool,
     pub(crate) batched_prefill: bool,
+    /// Batches of other sizes.
+    pub(crate) further: &'static [usize],
 }
 
 impl Default for Toy {
@@ -41,6 +43,7 @@ impl Default for Toy {
             argmax: false,
             update_mask: false,
             batched_prefill: true,
+            further: &[],
         }
     }
 }
@@ -101,11 +104,7 @@ impl Toy {
             )),
             chunks: (0..self.chunks)
                 .map(|i| ChunkParts {
-                    infer: part(
-                        format!("chunk{i}"),
-                        Kind::Chunk(i),
-                        vec![self.chunk("prefill", self.batch), self.chunk("infer", 1)],
-                    ),
+                    infer: part(format!("chunk{i}"), Kind::Chunk(i), self.functions()),
                     prefill: None,
                     rotated: None,
                 })
@@ -123,10 +122,20 @@ impl Toy {
         }
     }
 
+    fn functions(&self) -> Vec<FunctionDescription> {
+        let further = self.further.iter();
+        let mut all: Vec<_> = further
+            .map(|&rows| self.chunk(&format!("prefill_{rows}"), rows))
+            .collect();
+        all.extend([self.chunk("prefill", self.batch), self.chunk("infer", 1)]);
+        all
+    }
+
     fn embeddings(&self) -> FunctionDescription {
         let mut embeddings = function("main", &[("input_ids", &[1, 1])], &[("hidden_states", &[])]);
         if let FeatureType::MultiArray(array) = &mut embeddings.inputs[0].ty {
-            array.flexibility = Flexibility::Enumerated(vec![vec![1, 1], vec![1, self.batch]]);
+            let rows = [1, self.batch].into_iter().chain(self.further.iter().copied());
+            array.flexibility = Flexibility::Enumerated(rows.map(|rows| vec![1, rows]).collect());
         }
         embeddings
     }
@@ -293,6 +302,10 @@ impl Part for ToyPart {
     fn with_function(&self, function: &str) -> Result<Self, Error> {
         let at = self.functions.iter().position(|f| f.name == function).unwrap();
         Ok(ToyPart { at, ..self.clone() })
+    }
+
+    fn opens_functions_fast(&self) -> bool {
+        true
     }
 
     fn interface(&self) -> &FunctionDescription {

@@ -29,6 +29,9 @@ pub(super) struct Wired<P> {
     masks: Masks,
     /// Rows of a prefill batch; `None` when tokens are computed one by one.
     pub(super) batch: Option<usize>,
+    /// Rows of batches of other sizes that all packages take, the smallest first.
+    pub(super) further: Vec<usize>,
+    renamed: Renamed,
     /// Why they are.
     pub(super) one_by_one: Option<String>,
     pub(super) rotation: Option<Rotation>,
@@ -76,7 +79,13 @@ impl<P: Part> Wired<P> {
             rows: rotation.rows.filter(|&rows| batch == Ok(rows)),
             ..rotation
         });
+        let further = match (&batch, &rotation) {
+            (Ok(batch), None) => common_further(&chunks, embeddings.as_ref(), slots, *batch),
+            _ => Vec::new(),
+        };
         Ok(Wired {
+            further,
+            renamed: facts.renamed,
             masks: Masks::new(slots, mask_dtype)?,
             embeddings,
             chunks,
@@ -109,6 +118,17 @@ impl<P: Part> Wired<P> {
     /// The output of it that has the hidden state.
     pub(super) fn last_output(&self) -> Option<&str> {
         self.chunks.last()?.infer.step.output.as_deref()
+    }
+
+    /// Opens the functions of `mode`, where they are not open.
+    ///
+    /// # Errors
+    /// [`Error::Wiring`] where they do not fit the others.
+    pub(super) fn open(&self, mode: Mode) -> Result<(), Error> {
+        let Mode::Further(rows) = mode else { return Ok(()) };
+        self.chunks
+            .iter()
+            .try_for_each(|chunk| chunk.open_further(rows, &self.renamed))
     }
 
     /// Tokens a call takes.
@@ -355,6 +375,31 @@ fn common_batch<P: Part>(
         true => Ok(step.rows),
         false => Err(format!("a batch of {} is more than the {slots} slots", step.rows)),
     })
+}
+
+/// Rows of batches of other sizes that every chunk and the embeddings take.
+fn common_further<P: Part>(
+    chunks: &[Chunk<P>],
+    embeddings: Option<&Embeddings<P>>,
+    slots: usize,
+    batch: usize,
+) -> Vec<usize> {
+    let takes_ids = |rows: usize| match embeddings {
+        Some(Embeddings { part, .. }) => only_input(part.name(), part.interface())
+            .is_ok_and(|ids| array(ids).is_ok_and(|array| takes(array, &[1, rows]))),
+        None => true,
+    };
+    let Some((first, rest)) = chunks.split_first() else {
+        return Vec::new();
+    };
+    let sizes = first.further.iter().map(|further| further.rows);
+    sizes
+        .filter(|&rows| rows > 1 && rows != batch && rows <= slots && takes_ids(rows))
+        .filter(|&rows| {
+            rest.iter()
+                .all(|chunk| chunk.further.iter().any(|f| f.rows == rows))
+        })
+        .collect()
 }
 
 fn none(what: &str) -> Error {

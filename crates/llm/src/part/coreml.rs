@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use candle_core::Tensor;
-use candle_coreml::{CoreMLModel, CoreMLState, Value};
+use candle_coreml::{CoreMLModel, CoreMLState, EngineKind, Value};
 use candle_coreml_mil::FunctionDescription;
 
 use super::Part;
@@ -66,6 +66,11 @@ impl Part for CoreMlPart {
             name: self.name.clone(),
             model,
         })
+    }
+
+    fn opens_functions_fast(&self) -> bool {
+        // Core ML compiles each for the devices it may run on, which takes seconds.
+        self.model.engine() == EngineKind::Portable
     }
 
     fn interface(&self) -> &FunctionDescription {

@@ -84,6 +84,10 @@ impl Part for Described {
         })
     }
 
+    fn opens_functions_fast(&self) -> bool {
+        true
+    }
+
     fn interface(&self) -> &FunctionDescription {
         &self.function
     }

@@ -30,6 +30,11 @@ pub(crate) trait Part: Send + Sync + Sized + 'static {
     /// The same package at another function; weights are shared.
     fn with_function(&self, function: &str) -> Result<Self, Error>;
 
+    /// Whether another function may be opened in the middle of a conversation.
+    fn opens_functions_fast(&self) -> bool {
+        false
+    }
+
     /// Inputs, outputs and states of the function it is at.
     fn interface(&self) -> &FunctionDescription;
 

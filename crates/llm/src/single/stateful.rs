@@ -70,6 +70,7 @@ impl<P: Part> Stateful<P> {
             vocabulary: shared.vocabulary,
             gives_logits: shared.head.gives_logits(),
             batch_tokens: batch,
+            further_batches: Vec::new(),
             no_batches_because: (batch == Some(1)).then(|| "a call takes one token".to_owned()),
             sliding_window: None,
             calls: vec![WiredCall {

@@ -63,6 +63,7 @@ impl<P: Part> Stateless<P> {
             vocabulary: shared.vocabulary,
             gives_logits: shared.head.gives_logits(),
             batch_tokens: None,
+            further_batches: Vec::new(),
             no_batches_because: Some(
                 "the package keeps nothing: every step computes the whole window".to_owned(),
             ),
