@@ -136,7 +136,7 @@ def language_models(work, program):
             run(program, start, models / "part.gguf", kind)
             (models / "part.gguf").rename(file(name))
     for name, of, options in (
-        ("fp16", "F16", []),
+        ("fp16", "F16", ["--further-batches", "32,256"]),
         ("lut4", "F16", ["--palettize", "4", "--group", "8"]),
         ("all-bits", "all-bits", []),
     ):
@@ -447,7 +447,8 @@ def write(table, notes, details, tables):
         "for memory, ours to theirs. A spread is that of the middle half of our turns. `wanted` and `floor` are what the project "
         "holds itself to. Language rows are SmolLM2-135M; networks compute in f32. Files of all engines are read from the disk first.",
         "SmolLM2 is published in bf16: its fp16 weights, the same for both engines, have 8 bits of precision, which decoding packs into 12 "
-        "bits without loss and reads so: of the bytes that the row of bandwidth counts, three quarters. Rows of `all bits` have "
+        "bits without loss and reads so: of the bytes that the row of bandwidth counts, three quarters. Its bundle has functions for prompts of 32, 64 "
+        "and 256 tokens (`convert --further-batches 32,256`), those of palettes one for 64. Rows of `all bits` have "
         "fp16 weights that use all their 11 bits and are read as they are. Llama 3, Qwen 2.5 and 3, Gemma 3 and the distilled models of "
         "DeepSeek R1 are published in bf16 too.",
         table,

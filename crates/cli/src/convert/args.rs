@@ -28,8 +28,8 @@ pub struct ConvertArgs {
     /// Tokens a prefill call takes; without it 64, or the context if that is less.
     #[arg(long, value_name = "N")]
     pub batch: Option<usize>,
-    /// Tokens of further prefill functions, for shorter and longer prompts; 0 for none.
-    #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "32,256")]
+    /// Tokens of further prefill functions, as 32,256 for shorter and longer prompts: the portable engine calls those that suit.
+    #[arg(long, value_name = "N,..", value_delimiter = ',')]
     pub further_batches: Vec<usize>,
     /// Tokens of every text (encoders); without it any number up to what the model has.
     #[arg(long, value_name = "N")]
@@ -173,10 +173,7 @@ impl ConvertArgs {
             },
             context,
             batch: self.batch.unwrap_or(context.min(64)),
-            further_batches: match self.further_batches.as_slice() {
-                [0] => Vec::new(),
-                sizes => sizes.to_vec(),
-            },
+            further_batches: self.further_batches.clone(),
             chunks: self.chunks,
             head_splits: self.head_splits,
             argmax: self.argmax,

@@ -39,7 +39,7 @@ pub struct LanguageModelOptions {
     /// Tokens a prefill call takes (ANEMLL layout).
     pub batch: usize,
     /// Tokens that further functions take, `prefill_32` and so on (ANEMLL layout): this crate's engine calls them for prompts that are shorter
-    /// or longer, others leave them alone. What is [`LanguageModelOptions::batch`] or above the context is left out.
+    /// or longer, others leave them alone. Each is parsed when the package is opened. What is [`LanguageModelOptions::batch`] or above the context is left out.
     pub further_batches: Vec<usize>,
     /// Packages the layers are divided into (ANEMLL layout).
     pub chunks: usize,
@@ -65,7 +65,7 @@ impl Default for LanguageModelOptions {
             layout: Layout::Anemll,
             context: 512,
             batch: 64,
-            further_batches: vec![32, 256],
+            further_batches: Vec::new(),
             chunks: 1,
             head_splits: 0,
             argmax: false,
