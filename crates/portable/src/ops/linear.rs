@@ -134,36 +134,49 @@ impl Op for Linear {
         if let Some(packed) = &self.packed {
             return self.run_packed(packed, args);
         }
-        let x = args.f32(0)?;
-        let y = args.out_f32(0)?;
-        let flat = "internal: a matrix view failed";
-        let lx = as_matrix(&layout_of(&x)).ok_or(flat)?;
-        let (shape, strides) = (Shape::from(y.shape()), y.strides().into());
-        let ly = as_matrix(&Layout {
-            offset: y.offset(),
-            shape,
-            strides,
+        in_matrices(args, |args, x, y, residual| {
+            let epilogue = Epilogue {
+                bias: self.bias.as_deref(),
+                activation: self.activation,
+                residual,
+                arithmetic: self.arithmetic,
+            };
+            kernels::linear(args.pool, x, &self.weights, y, &epilogue, args.scratch);
         })
-        .ok_or(flat)?;
-        let x = kernels::View::new(x.data(), lx.offset, &lx.shape, &lx.strides).ok_or(flat)?;
-        let y = kernels::ViewMut::new(y.into_data(), ly.offset, &ly.shape, &ly.strides).ok_or(flat)?;
-        let lr = match args.inputs.get(1) {
-            Some(In::F32(r)) => Some((r.data(), as_matrix(&layout_of(r)).ok_or(flat)?)),
-            _ => None,
-        };
-        let residual = match &lr {
-            Some((data, l)) => Some(kernels::View::new(data, l.offset, &l.shape, &l.strides).ok_or(flat)?),
-            None => None,
-        };
-        let epilogue = Epilogue {
-            bias: self.bias.as_deref(),
-            activation: self.activation,
-            residual,
-            arithmetic: self.arithmetic,
-        };
-        kernels::linear(args.pool, x, &self.weights, y, &epilogue, args.scratch);
-        Ok(())
     }
+}
+
+/// Gives `run` input 0, the result and input 1, the residual if there is one, as matrices.
+fn in_matrices(
+    args: &mut Args<'_>,
+    run: impl FnOnce(
+        &mut Args<'_>,
+        kernels::View<'_, f32>,
+        kernels::ViewMut<'_, f32>,
+        Option<kernels::View<'_, f32>>,
+    ),
+) -> OpResult<()> {
+    let flat = "internal: a matrix view failed";
+    let (x, y) = (args.f32(0)?, args.out_f32(0)?);
+    let lx = as_matrix(&layout_of(&x)).ok_or(flat)?;
+    let ly = as_matrix(&Layout {
+        offset: y.offset(),
+        shape: y.shape().into(),
+        strides: y.strides().into(),
+    })
+    .ok_or(flat)?;
+    let x = kernels::View::new(x.data(), lx.offset, &lx.shape, &lx.strides).ok_or(flat)?;
+    let y = kernels::ViewMut::new(y.into_data(), ly.offset, &ly.shape, &ly.strides).ok_or(flat)?;
+    let lr = match args.inputs.get(1) {
+        Some(In::F32(r)) => Some((r.data(), as_matrix(&layout_of(r)).ok_or(flat)?)),
+        _ => None,
+    };
+    let residual = match &lr {
+        Some((data, l)) => Some(kernels::View::new(data, l.offset, &l.shape, &l.strides).ok_or(flat)?),
+        None => None,
+    };
+    run(args, x, y, residual);
+    Ok(())
 }
 
 impl Linear {
@@ -248,27 +261,10 @@ impl Op for Gated {
     }
 
     fn run(&self, args: &mut Args<'_>) -> OpResult<()> {
-        let flat = "internal: a matrix view failed";
-        let x = args.f32(0)?;
-        let y = args.out_f32(0)?;
-        let lx = as_matrix(&layout_of(&x)).ok_or(flat)?;
-        let ly = as_matrix(&Layout {
-            offset: y.offset(),
-            shape: y.shape().into(),
-            strides: y.strides().into(),
-        });
-        let ly = ly.ok_or(flat)?;
-        let x = kernels::View::new(x.data(), lx.offset, &lx.shape, &lx.strides).ok_or(flat)?;
-        let y = kernels::ViewMut::new(y.into_data(), ly.offset, &ly.shape, &ly.strides).ok_or(flat)?;
-        kernels::gated(
-            args.pool,
-            x,
-            (&self.gate, &self.up),
-            (self.activation, self.arithmetic),
-            y,
-            args.scratch,
-        );
-        Ok(())
+        let how = (self.activation, self.arithmetic);
+        in_matrices(args, |args, x, y, _| {
+            kernels::gated(args.pool, x, (&self.gate, &self.up), how, y, args.scratch);
+        })
     }
 }
 
@@ -315,46 +311,27 @@ impl Op for Mlp {
     }
 
     fn run(&self, args: &mut Args<'_>) -> OpResult<()> {
-        let flat = "internal: a matrix view failed";
-        let x = args.f32(0)?;
-        let y = args.out_f32(0)?;
-        let lx = as_matrix(&layout_of(&x)).ok_or(flat)?;
-        let ly = as_matrix(&Layout {
-            offset: y.offset(),
-            shape: y.shape().into(),
-            strides: y.strides().into(),
-        });
-        let ly = ly.ok_or(flat)?;
-        let x = kernels::View::new(x.data(), lx.offset, &lx.shape, &lx.strides).ok_or(flat)?;
-        let y = kernels::ViewMut::new(y.into_data(), ly.offset, &ly.shape, &ly.strides).ok_or(flat)?;
-        let lr = match args.inputs.get(1) {
-            Some(In::F32(r)) => Some((r.data(), as_matrix(&layout_of(r)).ok_or(flat)?)),
-            _ => None,
-        };
-        let residual = match &lr {
-            Some((data, l)) => Some(kernels::View::new(data, l.offset, &l.shape, &l.strides).ok_or(flat)?),
-            None => None,
-        };
-        let epilogue = Epilogue {
-            bias: self.down.bias.as_deref(),
-            activation: self.down.activation,
-            residual,
-            arithmetic: self.down.arithmetic,
-        };
         let mlp = kernels::Mlp {
             gate: &self.gated.gate,
             up: &self.gated.up,
             activation: self.gated.activation,
             down: &self.down.weights,
         };
-        let (pool, then) = (args.pool, args.then);
-        let next = || {
-            if let Some(then) = then {
-                then.expect(pool);
-            }
-        };
-        kernels::mlp(pool, x, &mlp, (y, &epilogue), &next, args.scratch);
-        Ok(())
+        in_matrices(args, |args, x, y, residual| {
+            let epilogue = Epilogue {
+                bias: self.down.bias.as_deref(),
+                activation: self.down.activation,
+                residual,
+                arithmetic: self.down.arithmetic,
+            };
+            let (pool, then) = (args.pool, args.then);
+            let next = || {
+                if let Some(then) = then {
+                    then.expect(pool);
+                }
+            };
+            kernels::mlp(pool, x, &mlp, (y, &epilogue), &next, args.scratch);
+        })
     }
 }
 
