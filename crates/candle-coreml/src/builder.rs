@@ -77,8 +77,10 @@ pub enum Numerics {
     /// Every result is rounded to the type that is written, as the program says.
     Faithful,
     /// As `Default`, but factors of convolutions, and of linear layers with more than a few rows, are rounded to bf16 (8 bits of
-    /// precision) on processors with instructions for it (AVX-512 BF16), and 32-bit weights of linear layers with few rows to fp16 (11
-    /// bits) on all.
+    /// precision) on processors that multiply it faster (AVX-512 BF16, not Intel's; Intel's AMX). In functions with states, which are
+    /// language models, linear layers with fp16 or fp32 weights multiply blocks of 8-bit integers instead where there is AVX-512 VNNI and no
+    /// AMX (relative error of logits about 2e-2, a byte a weight more in memory). 32-bit weights of linear layers with few rows are rounded
+    /// to fp16 (11 bits) on all processors.
     Fast,
 }
 

@@ -557,7 +557,7 @@ pub enum NumericsName {
     Default,
     /// Every fp16 result is rounded to fp16
     Faithful,
-    /// Factors of large products are rounded to bf16 where the processor multiplies it
+    /// Factors of large products are rounded to 8-bit integers or bf16 where the processor multiplies them faster
     Fast,
 }
 

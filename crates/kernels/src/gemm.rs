@@ -4,13 +4,15 @@
 //! side, the *rows* (weights), is read along `k` as stored, or decoded along `k` into a small block, so compressed
 //! weights are unpacked once per block of lanes and never transposed. Results are `[row][lane]`.
 
+pub(crate) mod int8;
+
 use crate::loops::Shared;
 #[cfg(target_arch = "x86_64")]
 use crate::simd::matrix_unit;
-use crate::simd::{Isa, Kernel, Simd, dispatch, dispatch_pairs, isa};
+use crate::simd::{Isa, Kernel, Simd, dispatch, dispatch_pairs, has_bytes, isa, pairs_pay};
 #[cfg(target_arch = "x86_64")]
 use crate::tiles::{Part, SIDE, Session, Unit};
-use crate::weights::{Lines, Pairs, Storage, Walk, Weights};
+use crate::weights::{Lines, Storage, Walk, Weights};
 use half::bf16;
 use std::ops::Range;
 
@@ -27,7 +29,7 @@ pub(crate) const SQUARE: usize = 8;
 
 /// Rows of the innermost kernel, of two vectors of lanes: their sums take twelve registers, or 24 where there are so many.
 const ROWS: usize = 6;
-pub(crate) const TALL: usize = 2 * ROWS;
+const TALL: usize = 2 * ROWS;
 
 /// Lanes in a panel on this processor.
 pub(crate) fn panel_width() -> usize {
@@ -49,6 +51,22 @@ pub enum Arithmetic {
     /// Factors are rounded to bf16 (8 bits of precision), products summed in 32-bit floats, where this processor has
     /// instructions for it and they pay; elsewhere as [`Arithmetic::F32`].
     Bf16,
+    /// As [`Arithmetic::Bf16`], but factors of linear layers of many tokens are rounded to 8-bit integers with a scale for each block of
+    /// 96, products summed exactly within blocks, where this processor has instructions for it and weights may be packed
+    /// ([`Weights::pack_when_used`]).
+    Int8,
+}
+
+impl Arithmetic {
+    /// Whether linear layers of many tokens are multiplied in 8-bit integers on this processor.
+    pub fn in_bytes(self) -> bool {
+        self == Arithmetic::Int8 && has_bytes() && !by_tiles()
+    }
+
+    /// Whether products are made in pairs of bf16 on this processor.
+    pub(crate) fn in_pairs(self) -> bool {
+        matches!(self, Arithmetic::Bf16 | Arithmetic::Int8) && pairs_pay()
+    }
 }
 
 /// Where rows come from.
@@ -98,11 +116,8 @@ pub(crate) fn opening(weights: &Weights, rows: Range<usize>, pairs: bool) -> Lin
     if !pairs {
         return weights.lines(rows, 0, depth_of(cols).min(cols));
     }
-    let (all, depth) = (cols.div_ceil(2), depth_of(cols.div_ceil(2)));
-    match weights.pairs() {
-        Some(pairs) => pairs.lines(&rows, 0, depth.min(all)),
-        None => weights.lines(rows, 0, (2 * depth).min(cols)),
-    }
+    let depth = depth_of(cols.div_ceil(2));
+    weights.lines(rows, 0, (2 * depth).min(cols))
 }
 
 /// Elements of working memory that [`Gemm::block`] needs for `rows` rows.
@@ -144,10 +159,9 @@ impl Gemm<'_> {
             let depth = most.min(all - start);
             let next = each * (start + depth);
             let after = match self.rows {
-                Rows::Stored(weights) if start + depth < all => match self.interleaved(weights) {
-                    Some(pairs) => pairs.lines(&rows, start + depth, most.min(all - start - depth)),
-                    None => weights.lines(rows.clone(), next, (each * most).min(self.k - next)),
-                },
+                Rows::Stored(weights) if start + depth < all => {
+                    weights.lines(rows.clone(), next, (each * most).min(self.k - next))
+                }
                 _ if start + depth == all => self.then,
                 _ => Lines::default(),
             };
@@ -197,14 +211,6 @@ impl Gemm<'_> {
             Rows::Stored(weights) => (weights, 0, 0),
             Rows::Part { weights, first } => (weights, first.0, first.1),
         };
-        if let Some(pairs) = self.interleaved(weights) {
-            let (first, stride) = (pairs.at(rows.start, start), pairs.stride());
-            return dispatch_pairs(Interleaved(Block {
-                first,
-                stride,
-                ..block
-            }));
-        }
         let (part, column) = (row + rows.start..row + rows.end, column + each * start);
         if self.pairs {
             let count = (2 * depth).min(self.k - 2 * start);
@@ -215,12 +221,6 @@ impl Gemm<'_> {
             weights.decode_block(part, column, depth, (&mut *space, APART));
         }
         self.multiply::<true>(block);
-    }
-
-    /// Weights in pairs as the innermost kernel reads them, where they were packed so and all of them are multiplied.
-    fn interleaved<'w>(&self, weights: &'w Weights) -> Option<&'w Pairs> {
-        let whole = self.pairs && matches!(self.rows, Rows::Stored(_));
-        weights.pairs().filter(|_| whole && !by_tiles())
     }
 
     /// `DECODED` rows lie [`APART`].
@@ -281,93 +281,6 @@ impl<const PAIRS: bool> Kernel for Decoded<'_, PAIRS> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         self.0.run::<S, PAIRS, true>(s, APART as isize);
-    }
-}
-
-/// Rows of pairs as [`Pairs`] has them, from the first of [`TALL`] on; `stride` is the distance from so many to the next.
-struct Interleaved<'a>(Block<'a>);
-
-impl Kernel for Interleaved<'_> {
-    type Out = ();
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let block = self.0;
-        let (width, line) = (2 * S::LANES, block.panels * 2 * S::LANES);
-        let tiles = block.panels * block.rows.div_ceil(TALL);
-        let mut ahead = Ahead {
-            walk: block.after.walk(),
-            left: 0,
-        };
-        let each = block.after.len().div_ceil(tiles.max(1));
-        for p in 0..block.panels {
-            let panel = &block.panel[p * block.panel_step..][..block.depth * width];
-            for (tile, row) in (0..block.rows).step_by(TALL).enumerate() {
-                let count = TALL.min(block.rows - row);
-                let first = block.first.wrapping_offset(tile as isize * block.stride);
-                let c = &mut block.c[row * line + p * width..];
-                assert!(c.len() >= (count - 1) * line + width, "gemm: output");
-                ahead.left = each;
-                // SAFETY: the packed rows have a multiple of `TALL`, each with `depth` pairs from `first` on (the caller of `Gemm::block`);
-                // panel and output were checked.
-                unsafe {
-                    interleaved_tile(
-                        s,
-                        panel,
-                        first,
-                        (block.add, c.as_mut_ptr(), line, count),
-                        &mut ahead,
-                    )
-                };
-                ahead.ask(s, each);
-            }
-        }
-    }
-}
-
-/// Twelve rows of pairs, side by side at each step, by one panel, two vectors wide: all sums in registers. The first `count` are stored.
-///
-/// # Safety
-/// `TALL * panel.len() / (2 * LANES)` pairs are readable at `first`; `count` lines of `2 * LANES`, at most `TALL`, are writable at `c`,
-/// `line` apart.
-#[inline(always)]
-unsafe fn interleaved_tile<S: Simd>(
-    s: S,
-    panel: &[f32],
-    first: *const f32,
-    (add, c, line, count): (bool, *mut f32, usize, usize),
-    ahead: &mut Ahead,
-) {
-    let width = 2 * S::LANES;
-    let depth = panel.len() / width;
-    let mut sums = [[s.zero(); 2]; TALL];
-    for k in 0..depth {
-        let x = panel.as_ptr().wrapping_add(k * width);
-        // SAFETY: step `k` is below the depth.
-        let both = unsafe { [s.load(x), s.load(x.add(S::LANES))] };
-        for (r, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: as above.
-            let w = s.splat(unsafe { *first.add(k * TALL + r) });
-            for half in 0..2 {
-                sums[half] = s.dot_pairs(w, both[half], sums[half]);
-            }
-        }
-        if k % 4 == 3 {
-            ahead.ask(s, 2);
-        }
-    }
-    for (r, sums) in sums.into_iter().enumerate() {
-        if r == count {
-            return;
-        }
-        for (half, mut sum) in sums.into_iter().enumerate() {
-            let to = c.wrapping_add(r * line + half * S::LANES);
-            if add {
-                // SAFETY: a line of the output.
-                sum = s.add(sum, unsafe { s.load(to) });
-            }
-            // SAFETY: a line of the output.
-            unsafe { s.store(to, sum) };
-        }
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Requests are lines of standard input, each answered by one line: `prefill N` (nanoseconds of a prompt of N tokens,
 //! without a prediction at its end), `decode N DEPTH` (of N tokens one by one, after DEPTH tokens), `greedy N T T ..` (the N best tokens after the tokens T,
-//! one at a time), `peak` (the most memory the process has had, in KB, on Linux).
+//! one at a time), `logits T T ..` (those after the tokens T), `peak` (the most memory the process has had, in KB, on Linux).
 
 use candle_coreml::{EngineKind, Numerics};
 use candle_coreml_llm::{Bundle, LanguageModel, LoadOptions, Prediction};
@@ -34,8 +34,11 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 fn answer(model: &mut dyn LanguageModel, line: &str) -> Result<String, Box<dyn Error>> {
     let (what, rest) = line.trim().split_once(' ').unwrap_or((line.trim(), ""));
-    let numbers: Result<Vec<u32>, _> = rest.split_whitespace().map(str::parse).collect();
-    Ok(match (what, numbers?.as_slice()) {
+    let numbers = rest
+        .split_whitespace()
+        .map(str::parse)
+        .collect::<Result<Vec<u32>, _>>()?;
+    Ok(match (what, numbers.as_slice()) {
         ("prefill", &[count]) => {
             let tokens = some_tokens(count, model.vocabulary());
             let start = Instant::now();
@@ -61,6 +64,17 @@ fn answer(model: &mut dyn LanguageModel, line: &str) -> Result<String, Box<dyn E
             }
             let words: Vec<String> = tokens[prompt.len()..].iter().map(u32::to_string).collect();
             words.join(" ")
+        }
+        ("logits", [prompt @ .., _]) => {
+            prefill(model, prompt)?;
+            match model.decode(&numbers)? {
+                Prediction::Logits(logits) => logits
+                    .iter()
+                    .map(f32::to_string)
+                    .collect::<Vec<String>>()
+                    .join(" "),
+                Prediction::Token(_) => return Err("this model gives no logits".into()),
+            }
         }
         ("peak", []) => {
             let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();

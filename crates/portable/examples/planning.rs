@@ -66,7 +66,7 @@ fn stateful(path: &str) -> Result<(), Box<dyn Error>> {
             return Err("the function runs in stages".into());
         };
         let lowered = start.elapsed();
-        let graph = passes::optimize(graph, options.arithmetic(), 2);
+        let graph = passes::optimize(graph, options.arithmetic(false), 2);
         let optimized = start.elapsed();
         let plan = Plan::new(&graph)?;
         let times = [lowered, optimized - lowered, start.elapsed() - optimized];

@@ -14,7 +14,6 @@ use crate::loops::Shared;
 use crate::matmul::{Operand, Source};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
-use crate::simd::has_pairs;
 use crate::strided::{View, ViewMut};
 use smallvec::SmallVec;
 use std::cell::RefCell;
@@ -138,7 +137,7 @@ impl Call {
             mask,
             y: (Shared(y.ptr()), steps(y.strides())),
             scale: call.scale,
-            pairs: call.arithmetic == Arithmetic::Bf16 && has_pairs(),
+            pairs: call.arithmetic.in_pairs(),
         }
     }
 
@@ -289,7 +288,7 @@ mod tests {
             let mut y = vec![f32::NAN; heads * queries * v_size];
             let pool = Pool::new(2);
             attention(&pool, &call, ViewMut::new(&mut y, 0, &y_shape, &ys).unwrap(), &mut Scratch::new());
-            let in_pairs = bf16 && queries > FEW_QUERIES && has_pairs();
+            let in_pairs = bf16 && queries > FEW_QUERIES && Arithmetic::Bf16.in_pairs();
             let at = |s: [isize; 3], i: [usize; 3]| (0..3).map(|n| s[n] * i[n] as isize).sum::<isize>() as usize;
             for h in 0..heads {
                 for s in 0..queries {

@@ -2,34 +2,69 @@
 
 use super::*;
 
+/// What both sides of a product are rounded to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Form {
+    /// Nothing.
+    F32,
+    /// Pairs of bf16.
+    Pairs,
+    /// Blocks of 8-bit integers.
+    Int8,
+}
+
+impl Form {
+    /// What suits `layers`, whose weights are rounded now where they are to be.
+    pub(super) fn of(pool: &Pool, layers: &[Layer<'_>]) -> Form {
+        let Some(arithmetic) = layers.first().map(|layer| layer.arithmetic) else {
+            return Form::F32;
+        };
+        let mut matrices = layers
+            .iter()
+            .flat_map(|layer| [Some(layer.w), layer.up])
+            .flatten();
+        if arithmetic.in_bytes() && matrices.all(|w| w.weights.int8_when_used(pool).is_some()) {
+            Form::Int8
+        } else if arithmetic.in_pairs() {
+            Form::Pairs
+        } else {
+            Form::F32
+        }
+    }
+}
+
 /// Tokens packed for the blocked product.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Tokens {
     m: usize,
     k: usize,
-    pairs: bool,
+    form: Form,
     panels: usize,
     /// Panels multiplied together.
     panels_each: usize,
 }
 
 impl Tokens {
-    pub(super) fn new(m: usize, k: usize, pairs: bool) -> Tokens {
+    pub(super) fn new(m: usize, k: usize, form: Form) -> Tokens {
         let width = panel_width();
         let panels = m.div_ceil(width);
         let panels_each = (GEMM_TOKENS / width).min(panels).max(1);
         Tokens {
             m,
             k,
-            pairs,
+            form,
             panels,
             panels_each,
         }
     }
 
-    /// Lines of a panel: numbers of a token, or pairs.
+    /// Lines of a panel.
     fn lines(self) -> usize {
-        if self.pairs { self.k.div_ceil(2) } else { self.k }
+        match self.form {
+            Form::F32 => self.k,
+            Form::Pairs => self.k.div_ceil(2),
+            Form::Int8 => int8::lines(self.k),
+        }
     }
 
     /// Numbers of all panels.
@@ -37,32 +72,36 @@ impl Tokens {
         self.panels * self.lines() * panel_width()
     }
 
+    /// Rows of a layer multiplied together. Those that become the depth of the next product are whole blocks of it.
+    fn rows(self, layer: &Layer<'_>) -> usize {
+        if self.form == Form::Int8 && layer.panels.is_some() {
+            int8::BLOCK
+        } else {
+            GEMM_ROWS
+        }
+    }
+
     /// Working memory of a thread.
     pub(super) fn work(self) -> usize {
-        block_space(GEMM_ROWS) + 2 * GEMM_ROWS * self.panels_each * panel_width()
+        let (space, rows) = match self.form {
+            Form::Int8 => (0, int8::BLOCK),
+            Form::F32 | Form::Pairs => (block_space(GEMM_ROWS), GEMM_ROWS),
+        };
+        space + 2 * rows * self.panels_each * panel_width()
     }
 }
 
 /// All tokens at once: the blocked product.
 pub(super) fn many(pool: &Pool, x: View<'_, f32>, layers: &[Layer<'_>], scratch: &mut Scratch) {
-    let tokens = Tokens::new(x.shape()[0], x.shape()[1], layers[0].pairs);
+    let tokens = Tokens::new(x.shape()[0], x.shape()[1], Form::of(pool, layers));
     let (packed, work) = scratch.with_own(tokens.len(), pool.threads(), tokens.work());
-    count_pairs(pool, layers);
     pack_tokens(pool, &x, tokens, packed);
     products(pool, (packed, tokens), layers, work);
 }
 
-/// Counts products in pairs, where weights are packed for them.
-pub(super) fn count_pairs(pool: &Pool, layers: &[Layer<'_>]) {
-    for layer in layers.iter().filter(|layer| layer.pairs && !by_tiles()) {
-        layer.w.weights.used_in_pairs(pool);
-        layer.up.inspect(|up| up.weights.used_in_pairs(pool));
-    }
-}
-
 pub(super) fn pack_tokens(pool: &Pool, x: &View<'_, f32>, tokens: Tokens, packed: &mut [f32]) {
     let Tokens {
-        m, k, pairs, panels, ..
+        m, k, form, panels, ..
     } = tokens;
     let each = panel_width() * tokens.lines();
     let target = Shared(packed.as_mut_ptr());
@@ -73,10 +112,10 @@ pub(super) fn pack_tokens(pool: &Pool, x: &View<'_, f32>, tokens: Tokens, packed
         let to = unsafe { std::slice::from_raw_parts_mut(to, range.len() * each) };
         // SAFETY: the source holds `m` tokens of `k` elements.
         unsafe {
-            if pairs {
-                pack_pairs(source, steps, m, k, range, to);
-            } else {
-                pack_panels(source, steps, m, k, range, to);
+            match form {
+                Form::F32 => pack_panels(source, steps, m, k, range, to),
+                Form::Pairs => pack_pairs(source, steps, m, k, range, to),
+                Form::Int8 => int8::pack(source, steps, m, k, range, to),
             }
         }
     });
@@ -85,25 +124,22 @@ pub(super) fn pack_tokens(pool: &Pool, x: &View<'_, f32>, tokens: Tokens, packed
 /// Every layer for all tokens.
 pub(super) fn products(pool: &Pool, (packed, tokens): (&[f32], Tokens), layers: &[Layer<'_>], work: Own) {
     let Tokens {
-        m,
-        k,
-        pairs,
-        panels,
-        panels_each,
+        panels, panels_each, ..
     } = tokens;
     let token_blocks = panels.div_ceil(panels_each);
     let mut ends = [0_usize; 8];
     let mut chunks = 0;
     for (end, layer) in ends.iter_mut().zip(layers) {
-        chunks += layer.w.rows().div_ceil(GEMM_ROWS) * token_blocks;
+        chunks += layer.w.rows().div_ceil(tokens.rows(layer)) * token_blocks;
         *end = chunks;
     }
     let part = |chunk: usize| {
         let which = ends.iter().position(|end| chunk < *end)?;
         let layer = &layers[which];
         let chunk = chunk - if which == 0 { 0 } else { ends[which - 1] };
-        let first = chunk / token_blocks * GEMM_ROWS;
-        let rows = first..(first + GEMM_ROWS).min(layer.w.rows());
+        let each = tokens.rows(layer);
+        let first = chunk / token_blocks * each;
+        let rows = first..(first + each).min(layer.w.rows());
         let start = chunk % token_blocks * panels_each;
         Some((layer, rows, start..(start + panels_each).min(panels)))
     };
@@ -111,60 +147,91 @@ pub(super) fn products(pool: &Pool, (packed, tokens): (&[f32], Tokens), layers: 
         let (layer, rows, range) = part(chunk).expect("chunks were counted over the layers");
         // A thread has its chunks one after the other.
         let then = part(chunk + 1).map_or(Lines::default(), |(next, rows, _)| {
-            opening(next.w.weights, rows, pairs)
+            tokens.opening(next.w.weights, rows)
         });
         // SAFETY: each worker has its own part of `work`.
         let work = unsafe { work.of(worker) };
-        many_rows(layer, packed, (m, k), (rows, then), range, work);
+        many_rows(layer, (packed, tokens), (rows, then), range, work);
     });
+}
+
+impl Tokens {
+    /// What products with `rows` of `weights` read first.
+    fn opening(self, weights: &Weights, rows: Range<usize>) -> Lines {
+        match (self.form, weights.int8()) {
+            (Form::Int8, Some(int8)) => int8.lines(&rows, 0..int8.blocks().min(int8::DEEP)),
+            _ => opening(weights, rows, self.form == Form::Pairs),
+        }
+    }
+
+    /// Sums of `rows` of `weights` for the tokens of panels `panels`; `then` is what is read after them.
+    fn multiply(
+        self,
+        (packed, weights): (&[f32], &Weights),
+        (rows, panels): (Range<usize>, Range<usize>),
+        then: Lines,
+        sums: &mut [f32],
+        space: &mut [f32],
+    ) {
+        let rows_of = match self.form {
+            Form::Int8 => {
+                let weights = weights
+                    .int8()
+                    .expect("this form was chosen because they are there");
+                let product = int8::Product {
+                    packed,
+                    weights,
+                    rows,
+                    panels,
+                    c: sums,
+                    then,
+                };
+                return product.run();
+            }
+            Form::Pairs => Rows::Stored(weights),
+            Form::F32 => Rows::of(weights),
+        };
+        let product = Gemm {
+            panels: packed,
+            k: self.k,
+            rows: rows_of,
+            then,
+            pairs: self.form == Form::Pairs,
+        };
+        // SAFETY: the rows of a weight matrix have its columns, `k` of them.
+        unsafe { product.block(rows, panels, sums, space) };
+    }
 }
 
 /// Rows `rows` of a layer for the tokens of panels `panels`, which are this thread's; `then` is what it reads after them.
 fn many_rows(
     layer: &Layer<'_>,
-    packed: &[f32],
-    (m, k): (usize, usize),
+    (packed, tokens): (&[f32], Tokens),
     (rows, then): (Range<usize>, Lines),
     panels: Range<usize>,
     work: &mut [f32],
 ) {
     let width = panel_width();
     let line = panels.len() * width;
-    let (space, sums) = work.split_at_mut(block_space(GEMM_ROWS));
+    let space = if tokens.form == Form::Int8 {
+        0
+    } else {
+        block_space(GEMM_ROWS)
+    };
+    let (space, sums) = work.split_at_mut(space);
     let (sums, ups) = sums.split_at_mut(sums.len() / 2);
     let first = panels.start * width;
-    let count = line.min(m - first);
-    let rows_of = |w| {
-        if layer.pairs { Rows::Stored(w) } else { Rows::of(w) }
-    };
-    // SAFETY: the rows of a weight matrix have its columns, `k` of them.
-    unsafe {
-        Gemm {
-            panels: packed,
-            k,
-            rows: rows_of(layer.w.weights),
-            pairs: layer.pairs,
-            then: layer
-                .up
-                .map_or(then, |up| opening(up.weights, rows.clone(), layer.pairs)),
-        }
-        .block(rows.clone(), panels.clone(), sums, space)
-    };
+    let count = line.min(tokens.m - first);
+    let part = || (rows.clone(), panels.clone());
+    let after = layer
+        .up
+        .map_or(then, |up| tokens.opening(up.weights, rows.clone()));
+    tokens.multiply((packed, layer.w.weights), part(), after, sums, space);
     for (row, sums) in rows.clone().zip(sums.chunks_exact_mut(line)) {
         layer.finish_row(row, &mut sums[..count]);
     }
     if let Some(up) = layer.up {
-        // SAFETY: as above; `up` has the shape of `w`.
-        unsafe {
-            Gemm {
-                panels: packed,
-                k,
-                rows: rows_of(up.weights),
-                pairs: layer.pairs,
-                then,
-            }
-            .block(rows.clone(), panels.clone(), ups, space)
-        };
+        tokens.multiply((packed, up.weights), part(), then, ups, space);
         let used = rows.len() * line;
         sums[..used]
             .iter_mut()
@@ -172,20 +239,35 @@ fn many_rows(
             .for_each(|(sum, up)| *sum *= up);
     }
     if let Some(to) = layer.panels {
-        let lines = if layer.pairs {
-            layer.w.rows().div_ceil(2)
-        } else {
-            layer.w.rows()
+        let depth = Tokens {
+            k: layer.w.rows(),
+            ..tokens
         };
+        let step = depth.lines() * width;
+        let first = to.at((panels.start * step) as isize);
+        if tokens.form == Form::Int8 {
+            // Tokens behind the last have sums of zeros too, which the activation leaves finite or not: they are not read.
+            let into = int8::IntoPanels {
+                sums,
+                line,
+                count: rows.len(),
+                panels: panels.len(),
+                first: first.wrapping_add(int8::line_of(rows.start) * width),
+                step,
+            };
+            // SAFETY: rows go block by block, and the panels of these tokens have all of them.
+            return unsafe { into.run() };
+        }
+        let pairs = tokens.form == Form::Pairs;
         return dispatch_pairs_if(
-            layer.pairs,
+            pairs,
             IntoPanels {
                 sums,
                 line,
                 rows,
-                first: to.at((panels.start * lines * width) as isize),
-                step: lines * width,
-                pairs: layer.pairs,
+                first,
+                step,
+                pairs,
             },
         );
     }

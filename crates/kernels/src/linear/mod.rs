@@ -11,21 +11,21 @@ pub use few::expect;
 
 use crate::elementwise::{Unary, apply_slice};
 use crate::gemm::{
-    Arithmetic, Gemm, Rows, SQUARE, block_space, by_tiles, opening, pack_pairs, pack_panels, panel_width,
+    Arithmetic, Gemm, Rows, SQUARE, block_space, int8, opening, pack_pairs, pack_panels, panel_width,
 };
 use crate::loops::Shared;
 use crate::matvec::far::{self, Count, STREAMS};
 use crate::matvec::{self, Prepared};
 use crate::pool::{More, Pool};
 use crate::scratch::{Own, Scratch};
-use crate::simd::{Kernel, Simd, dispatch, dispatch_pairs, has_pairs};
+use crate::simd::{Kernel, Simd, dispatch, dispatch_pairs};
 use crate::strided::{View, ViewMut};
 use crate::weights::{Lines, Read, Weights};
 use std::cell::RefCell;
 use std::ops::Range;
 
 use few::{few, few_space};
-use many::{Tokens, count_pairs, many, pack_tokens, products};
+use many::{Form, Tokens, many, pack_tokens, products};
 
 /// Up to this many tokens are multiplied one by one.
 const FEW_TOKENS: usize = 4;
@@ -67,8 +67,8 @@ struct Layer<'a> {
     residual: Option<(Shared<f32>, [isize; 2])>,
     y: Shared<f32>,
     steps: [isize; 2],
-    /// Many tokens are multiplied in pairs of bf16.
-    pairs: bool,
+    /// How sums of many tokens are made.
+    arithmetic: Arithmetic,
     /// Results of many tokens go into these panels of the next product, not into `y`.
     panels: Option<Shared<f32>>,
 }
@@ -118,7 +118,7 @@ impl<'a> Layer<'a> {
             residual: None,
             y: Shared(std::ptr::null_mut()),
             steps: [0, 1],
-            pairs: epilogue.arithmetic == Arithmetic::Bf16 && has_pairs(),
+            arithmetic: epilogue.arithmetic,
             panels: None,
         }
     }
@@ -312,10 +312,10 @@ pub fn mlp(
         ..Layer::bare(mlp.gate, &between)
     };
     let down = Layer::of(mlp.down, (m, n), &mut y, epilogue);
-    let [first, second] = [k, n].map(|k| Tokens::new(m, k, gate.pairs));
+    let form = Form::of(pool, &[gate, down]);
+    let [first, second] = [k, n].map(|k| Tokens::new(m, k, form));
     let (space, work) = scratch.with_own(first.len() + second.len(), pool.threads(), first.work());
     let (packed, hidden) = space.split_at_mut(first.len());
-    count_pairs(pool, &[gate, down]);
     pack_tokens(pool, &x, first, packed);
     let panels = Some(Shared(hidden.as_mut_ptr()));
     products(pool, (packed, first), &[Layer { panels, ..gate }], work);

@@ -211,32 +211,99 @@ fn a_gate_may_be_stored_otherwise_than_what_it_is_multiplied_with() {
     }
 }
 
+/// What tells how far `found` is from `exact`: the length of the difference over that of `exact`.
+fn distance(found: &[f32], exact: &[f32]) -> f32 {
+    let length = |x: &mut dyn Iterator<Item = f32>| x.map(|x| x * x).sum::<f32>().sqrt();
+    length(&mut found.iter().zip(exact).map(|(x, y)| x - y)) / length(&mut exact.iter().copied())
+}
+
 #[test]
-fn weights_packed_in_pairs_give_the_same_sums() {
+fn rounded_weights_are_used_and_come_close() {
     let (pool, mut seed) = (Pool::new(2), 9);
-    for (m, n, k, kind) in [
-        (64, 100, 577, 0),
-        (33, 49, 1100, 1),
-        (5, 12, 30, 2),
-        (70, 1, 576, 6),
-        (64, 61, 640, 7),
+    for (m, n, k, kind, transposed) in [
+        (64, 100, 577, 0, false),
+        (33, 49, 1100, 1, true),
+        (300, 12, 96, 1, false),
+        (70, 1, 576, 6, true),
+        (64, 61, 640, 7, false),
     ] {
         let x: Vec<f32> = (0..m * k).map(|_| random(&mut seed)).collect();
         let (w, up) = (weights(n, k, kind, &mut seed), weights(n, k, kind, &mut seed));
-        let (x_shape, x_strides, shape, strides) = ([m, k], [k as isize, 1], [m, n], [n as isize, 1]);
-        let how = (Unary::Tanh, Arithmetic::Bf16);
-        let run = || {
+        let (x_shape, shape) = ([m, k], [m, n]);
+        let steps = |width: usize| {
+            if transposed {
+                [1, m as isize]
+            } else {
+                [width as isize, 1]
+            }
+        };
+        let (x_strides, strides) = (steps(k), steps(n));
+        let run = |arithmetic| {
             let mut y = vec![f32::NAN; m * n];
             let x = View::new(&x, 0, &x_shape, &x_strides).unwrap();
             let out = ViewMut::new(&mut y, 0, &shape, &strides).unwrap();
-            gated(&pool, x, (&w, &up), how, out, &mut Scratch::new());
+            gated(
+                &pool,
+                x,
+                (&w, &up),
+                (Unary::Identity, arithmetic),
+                out,
+                &mut Scratch::new(),
+            );
             y
         };
-        let before = run();
-        w.pack_pairs(&pool);
-        up.pack_pairs(&pool);
-        assert_eq!(run(), before, "[{m}, {n}, {k}], kind {kind}");
+        let exact = run(Arithmetic::F32);
+        assert!(w.int8().is_none(), "rounded only where it is wanted");
+        w.round(&pool);
+        up.round(&pool);
+        let fast = run(Arithmetic::Int8);
+        assert_eq!(
+            run(Arithmetic::F32),
+            exact,
+            "exact products do not read what is rounded"
+        );
+        let error = distance(&fast, &exact);
+        let rounded = Arithmetic::Int8.in_bytes();
+        let most = if rounded { 0.02 } else { 0.005 };
+        assert!(error < most, "[{m}, {n}, {k}], kind {kind}: {error}");
+        assert!(
+            !rounded || error > 5e-3,
+            "[{m}, {n}, {k}], kind {kind}: not rounded"
+        );
     }
+}
+
+#[test]
+fn weights_are_rounded_at_the_first_fast_product_of_many_tokens_and_their_data_is_let_go() {
+    let (pool, mut seed) = (Pool::new(2), 4);
+    let (m, n, k) = (32, 96, 192);
+    let w = weights(n, k, 1, &mut seed);
+    let freed = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let count = freed.clone();
+    w.pack_when_used(move || {
+        count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    });
+    let x: Vec<f32> = (0..m * k).map(|_| random(&mut seed)).collect();
+    let run = |m: usize, arithmetic| {
+        let (x_shape, shape, mut y) = ([m, k], [m, n], vec![f32::NAN; m * n]);
+        let x = View::new(&x, 0, &x_shape, &[192, 1]).unwrap();
+        let out = ViewMut::new(&mut y, 0, &shape, &[96, 1]).unwrap();
+        let epilogue = Epilogue {
+            arithmetic,
+            ..Epilogue::default()
+        };
+        linear(&pool, x, &w, out, &epilogue, &mut Scratch::new());
+    };
+    run(m, Arithmetic::F32);
+    run(1, Arithmetic::Int8);
+    assert!(w.int8().is_none());
+    run(m, Arithmetic::Int8);
+    run(m, Arithmetic::Int8);
+    assert_eq!(w.int8().is_some(), Arithmetic::Int8.in_bytes());
+    assert_eq!(
+        freed.load(std::sync::atomic::Ordering::Relaxed),
+        usize::from(w.int8().is_some())
+    );
 }
 
 proptest! {
@@ -244,14 +311,17 @@ proptest! {
     #[test]
     fn an_mlp_gives_what_its_products_give(
         m in 1_usize..70, n in 1_usize..300, k in 1_usize..200, l in 1_usize..120, kind in 0_usize..8, seed in any::<u64>(),
-        bf16 in any::<bool>(), threads in 1_usize..4, with_residual in any::<bool>(),
+        fast in 0_usize..3, threads in 1_usize..4, with_residual in any::<bool>(),
     ) {
         let (pool, mut seed) = (Pool::new(threads), seed);
         let [n, k] = [n, k].map(|size| if kind >= 6 { size.next_multiple_of(64) } else { size });
         let w = [(n, k), (n, k), (l, n)].map(|(rows, cols)| weights(rows, cols, kind, &mut seed));
         let numbers = |count: usize, seed: &mut u64| -> Vec<f32> { (0..count).map(|_| random(seed)).collect() };
         let (x, bias, residual) = (numbers(m * k, &mut seed), numbers(l, &mut seed), numbers(m * l, &mut seed));
-        let arithmetic = if bf16 { Arithmetic::Bf16 } else { Arithmetic::F32 };
+        let arithmetic = [Arithmetic::F32, Arithmetic::Bf16, Arithmetic::Int8][fast];
+        if fast > 1 {
+            w.iter().for_each(|w| w.round(&pool));
+        }
         let (x_shape, inner, shape) = ([m, k], [m, n], [m, l]);
         let (x_strides, inner_strides, strides) = ([k as isize, 1], [n as isize, 1], [l as isize, 1]);
         let view = View::new(&x, 0, &x_shape, &x_strides).unwrap();

@@ -42,7 +42,7 @@ pub(super) unsafe fn with_avx2<K: Kernel>(kernel: K) -> K::Out {
 /// The processor has AVX-512 F and BW, AVX2, FMA and F16C.
 #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
 pub(super) unsafe fn with_avx512<K: Kernel>(kernel: K) -> K::Out {
-    kernel.run(Avx512::<false>(()))
+    kernel.run(Avx512::<PLAIN>(()))
 }
 
 /// Runs `kernel` with AVX-512 and its products of bf16.
@@ -51,19 +51,40 @@ pub(super) unsafe fn with_avx512<K: Kernel>(kernel: K) -> K::Out {
 /// As [`with_avx512`], and the processor has AVX-512 BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16,avx2,fma,f16c")]
 pub(super) unsafe fn with_avx512_bf16<K: Kernel>(kernel: K) -> K::Out {
-    kernel.run(Avx512::<true>(()))
+    kernel.run(Avx512::<BF16>(()))
+}
+
+/// Runs `kernel` with AVX-512 and its products of bytes.
+///
+/// # Safety
+/// As [`with_avx512`], and the processor has AVX-512 VNNI.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
+pub(super) unsafe fn with_avx512_vnni<K: Kernel>(kernel: K) -> K::Out {
+    kernel.run(Avx512::<VNNI>(()))
+}
+
+/// Who made this processor, and its family.
+fn processor() -> ([u8; 12], u32) {
+    static IS: OnceLock<([u8; 12], u32)> = OnceLock::new();
+    *IS.get_or_init(|| {
+        let (maker, version) = (__cpuid(0), __cpuid(1).eax);
+        let mut name = [0; 12];
+        for (name, part) in name.chunks_exact_mut(4).zip([maker.ebx, maker.edx, maker.ecx]) {
+            name.copy_from_slice(&part.to_le_bytes());
+        }
+        (name, (version >> 8 & 15) + (version >> 20 & 255))
+    })
 }
 
 /// Whether this is AMD's family of Zen 5.
 pub(super) fn is_zen5() -> bool {
-    static IS: OnceLock<bool> = OnceLock::new();
-    *IS.get_or_init(|| {
-        const ZEN5: u32 = 0x1a;
-        let (maker, version) = (__cpuid(0), __cpuid(1).eax);
-        let name = [maker.ebx, maker.edx, maker.ecx].map(u32::to_le_bytes);
-        let family = (version >> 8 & 15) + (version >> 20 & 255);
-        name.as_flattened() == b"AuthenticAMD" && family == ZEN5
-    })
+    const ZEN5: u32 = 0x1a;
+    processor() == (*b"AuthenticAMD", ZEN5)
+}
+
+/// Whether this is one of Intel's processors.
+pub(super) fn is_intel() -> bool {
+    processor().0 == *b"GenuineIntel"
 }
 
 /// Proof of AVX2, FMA and F16C.
@@ -391,11 +412,18 @@ impl Simd for Avx2 {
     }
 }
 
-/// Proof of AVX-512 F and BW, of BF16 where it says so, and of what [`Avx2`] proves.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Avx512<const BF16: bool>(());
+/// Nothing more than AVX-512 F and BW.
+const PLAIN: u8 = 0;
+/// AVX-512 BF16 too.
+const BF16: u8 = 1;
+/// AVX-512 VNNI too.
+const VNNI: u8 = 2;
 
-impl<const BF16: bool> Simd for Avx512<BF16> {
+/// Proof of AVX-512 F and BW, of what `MORE` says, and of what [`Avx2`] proves.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Avx512<const MORE: u8>(());
+
+impl<const MORE: u8> Simd for Avx512<MORE> {
     const LANES: usize = 16;
     const REGISTERS: usize = 32;
     type F = __m512;
@@ -626,7 +654,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     }
     #[inline(always)]
     unsafe fn store_bf16(self, p: *mut bf16, x: Self::F) {
-        if !BF16 {
+        if MORE != BF16 {
             // SAFETY: the caller's.
             return unsafe { super::store_bf16_apart(self, p, x) };
         }
@@ -640,7 +668,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     unsafe fn store_bf16_twice(self, p: *mut bf16, [x, y]: [Self::F; 2]) {
         // SAFETY: the caller's for the memory, the token's for the instructions; the types are of one size.
         unsafe {
-            if !BF16 {
+            if MORE != BF16 {
                 super::store_bf16_apart(self, p, x);
                 return super::store_bf16_apart(self, p.add(Self::LANES), y);
             }
@@ -650,7 +678,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     }
     #[inline(always)]
     fn pairs(self, low: Self::F, high: Self::F) -> Self::F {
-        if !BF16 {
+        if MORE != BF16 {
             return super::pairs_apart(self, low, high);
         }
         /// Turns two halves into pairs.
@@ -672,7 +700,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     }
     #[inline(always)]
     fn dot_pairs(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
-        if !BF16 {
+        if MORE != BF16 {
             return super::dot_pairs_apart(self, a, b, c);
         }
         // SAFETY: the token says that the processor has the instruction; the types are of one size.
@@ -681,6 +709,14 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
             let b = std::mem::transmute::<__m512, __m512bh>(b);
             _mm512_dpbf16_ps(c, a, b)
         }
+    }
+    #[inline(always)]
+    fn dot_bytes(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I {
+        if MORE != VNNI {
+            return super::dot_bytes_apart(self, a, b, c);
+        }
+        // SAFETY: the token says that the processor has the instruction.
+        unsafe { _mm512_dpbusd_epi32(c, a, b) }
     }
     #[inline(always)]
     fn sum(self, x: Self::F) -> f32 {

@@ -2,15 +2,15 @@
 
 mod affine;
 pub(crate) mod bf12;
+mod int8;
 mod lut;
-mod pairs;
 mod slab;
 
 pub(crate) use affine::Affine;
 pub(crate) use bf12::Bf12;
+pub(crate) use int8::Int8;
 #[cfg_attr(not(target_arch = "x86_64"), allow(unused_imports))]
 pub(crate) use lut::{FixedTables, Lut};
-pub(crate) use pairs::Pairs;
 
 use crate::matvec::Stored;
 use crate::pool::Pool;
@@ -42,8 +42,8 @@ pub(crate) struct Matrix {
     pub storage: Storage,
     /// The same numbers in 12 bits: what is read once it is there.
     bf12: OnceLock<Option<Bf12>>,
-    /// The same rounded to pairs of bf16: what products of many tokens in pairs read once it is there.
-    pairs: OnceLock<Pairs>,
+    /// The same rounded to 8-bit integers, for products of many tokens in `fast` numerics.
+    int8: OnceLock<Int8>,
     packing: Packing,
 }
 
@@ -54,8 +54,6 @@ struct Packing {
     wanted: OnceLock<(usize, Box<dyn Fn() + Send + Sync>)>,
     /// Products with few tokens so far.
     uses: AtomicUsize,
-    /// Products with many tokens in pairs so far.
-    uses_in_pairs: AtomicUsize,
 }
 
 impl std::fmt::Debug for Packing {
@@ -69,8 +67,11 @@ impl std::fmt::Debug for Packing {
 /// packed at once, so that no token waits for all of them.
 const PACK_AFTER: std::ops::Range<usize> = 4..12;
 
-/// Fewer bytes than this stay in caches.
+/// Fewer bytes than this stay in caches: tokens one by one gain nothing by packing.
 const PACK_BYTES: usize = 256 * 1024;
+
+/// Fewer bytes than this are not rounded for many tokens either.
+const ROUND_BYTES: usize = 16 * 1024;
 
 #[derive(Debug)]
 pub(crate) enum Storage {
@@ -240,17 +241,18 @@ impl Weights {
             cols,
             storage,
             bf12: OnceLock::new(),
-            pairs: OnceLock::new(),
+            int8: OnceLock::new(),
             packing: Packing::default(),
         }))
     }
 
-    /// Lets numbers that are products of few tokens time and again be packed into fewer bits, where they lose nothing by it and memory is
-    /// what products wait for: fp16 and fp32 weights that were bf16, on x86-64. `packed` is called when the data given is not read any
-    /// longer, as far as it can be known: a file's pages may leave memory then. Without effect a second time.
+    /// Lets fp16 and fp32 numbers be packed into fewer bits when they are products time and again: those that were bf16 for few tokens,
+    /// without loss, where memory is what products wait for (x86-64); all of them to 8-bit integers for many tokens in
+    /// [`Arithmetic::Bf16`](crate::Arithmetic::Bf16). `packed` is called when the data given is not read any longer, as far as it can be
+    /// known: a file's pages may leave memory then. Without effect a second time.
     pub fn pack_when_used(&self, packed: impl Fn() + Send + Sync + 'static) {
         let floats = matches!(self.storage(), Storage::F32(_) | Storage::F16(_));
-        if floats && Bf12::fits(self.cols()) && self.bytes() >= PACK_BYTES {
+        if floats && self.bytes() >= ROUND_BYTES {
             static TURN: AtomicUsize = AtomicUsize::new(0);
             // The first who asks is called.
             let turn = TURN.fetch_add(1, Ordering::Relaxed) % PACK_AFTER.len();
@@ -265,7 +267,7 @@ impl Weights {
             return;
         };
         let uses = packing.uses.fetch_add(1, Ordering::Relaxed);
-        if uses == PACK_AFTER.start + turn && packing_pays() {
+        if uses == PACK_AFTER.start + turn && self.bytes() >= PACK_BYTES && packing_pays() {
             self.pack(pool);
             if let Some(up) = up.filter(|up| up.0.packing.wanted.get().is_some()) {
                 up.pack(pool);
@@ -273,29 +275,27 @@ impl Weights {
         }
     }
 
-    /// Counts a product with many tokens in pairs of bf16; packs pairs at the second one.
-    pub(crate) fn used_in_pairs(&self, pool: &Pool) {
-        let packing = &self.0.packing;
-        let Some((_, packed)) = packing.wanted.get().filter(|_| self.pairs().is_none()) else {
-            return;
-        };
-        if packing.uses_in_pairs.fetch_add(1, Ordering::Relaxed) == 1 {
-            self.pack_pairs(pool);
+    /// The numbers in 8-bit integers; rounds them the first time, where packing is wanted.
+    pub(crate) fn int8_when_used(&self, pool: &Pool) -> Option<&Int8> {
+        if self.int8().is_none() {
+            let (_, packed) = self.0.packing.wanted.get()?;
+            self.round(pool);
             packed();
         }
+        self.int8()
     }
 
-    /// Packs the numbers in pairs of bf16.
-    pub(crate) fn pack_pairs(&self, pool: &Pool) {
-        if self.pairs().is_none() {
+    /// Rounds the numbers to 8-bit integers.
+    pub(crate) fn round(&self, pool: &Pool) {
+        if self.int8().is_none() {
             // Another thread may have been first: what it made is as good.
-            let _ = self.0.pairs.set(Pairs::pack(pool, self));
+            let _ = self.0.int8.set(Int8::pack(pool, self));
         }
     }
 
-    /// The numbers in pairs of bf16, where they were packed.
-    pub(crate) fn pairs(&self) -> Option<&Pairs> {
-        self.0.pairs.get()
+    /// The numbers in 8-bit integers, where they were rounded.
+    pub(crate) fn int8(&self) -> Option<&Int8> {
+        self.0.int8.get()
     }
 
     /// Packs the numbers, where that loses nothing.
@@ -426,7 +426,7 @@ impl Weights {
 
     /// Bytes held in memory or mapped, tables included.
     pub fn bytes(&self) -> usize {
-        Read::of(self).bytes() + self.pairs().map_or(0, Pairs::bytes)
+        Read::of(self).bytes() + self.int8().map_or(0, Int8::bytes)
     }
 }
 

@@ -38,7 +38,7 @@ impl<'a, 'm> OpCx<'a, 'm> {
 
     /// How sums of products are made.
     pub fn arithmetic(&self) -> Arithmetic {
-        self.low.options.arithmetic()
+        self.low.options.arithmetic(!self.low.graph.states.is_empty())
     }
 
     /// Number of the operation set that the program is written in: 5 for iOS 15, 7 for iOS 17.
@@ -205,10 +205,12 @@ impl<'a, 'm> OpCx<'a, 'm> {
             return Ok(None);
         };
         let weights = constant.weights(rows, cols)?;
-        if let ConstData::Stored(bytes) | ConstData::F16(bytes) = &constant.data
-            && let Some(mapped) = self.low.model.mapped(bytes)
-        {
-            weights.pack_when_used(move || mapped.release());
+        if let ConstData::Stored(bytes) | ConstData::F16(bytes) = &constant.data {
+            match self.low.model.mapped(bytes) {
+                Some(mapped) => weights.pack_when_used(move || mapped.release()),
+                None if self.arithmetic() == Arithmetic::Int8 => weights.pack_when_used(|| {}),
+                None => {}
+            }
         }
         Ok(Some(weights))
     }

@@ -32,7 +32,7 @@ const FOLD_ELEMENTS: usize = 1 << 22;
 pub struct LowerOptions {
     /// Round results of fp16 operations to fp16, constant ones included.
     pub faithful: bool,
-    /// Round factors of products to bf16 where that is faster.
+    /// Round factors of products to 8-bit integers or bf16 where that is faster.
     pub fast: bool,
     /// Threads for evaluating constant parts.
     pub pool: Arc<Pool>,
@@ -41,14 +41,14 @@ pub struct LowerOptions {
 }
 
 impl LowerOptions {
-    /// How sums of products are made.
-    pub fn arithmetic(&self) -> Arithmetic {
-        if self.faithful {
-            Arithmetic::InOrder
-        } else if self.fast {
-            Arithmetic::Bf16
-        } else {
-            Arithmetic::F32
+    /// How sums of products are made, in a function with states or without. Those with states are language models, which lose nothing
+    /// that can be seen by 8-bit integers; encoders lose some of their precision.
+    pub fn arithmetic(&self, states: bool) -> Arithmetic {
+        match (self.faithful, self.fast, states) {
+            (true, ..) => Arithmetic::InOrder,
+            (_, true, true) => Arithmetic::Int8,
+            (_, true, false) => Arithmetic::Bf16,
+            (_, false, _) => Arithmetic::F32,
         }
     }
 }

@@ -543,7 +543,7 @@ impl OpCx<'_, '_> {
         (n, k): (usize, usize),
         rows: usize,
     ) -> OpResult<Option<Weights>> {
-        if self.arithmetic() != Arithmetic::Bf16 || rows >= PACK_FROM {
+        if !matches!(self.arithmetic(), Arithmetic::Bf16 | Arithmetic::Int8) || rows >= PACK_FROM {
             return self.weights(w, n, k);
         }
         let Some(constant) = self.constant(w) else {
@@ -556,7 +556,7 @@ impl OpCx<'_, '_> {
         Ok(Some(weights))
     }
 
-    /// 32-bit weights that meet many rows, packed.
+    /// 32-bit weights that meet many rows, packed, unless they are rounded when they are used.
     fn packed_linear(
         &mut self,
         w: ValueId,
@@ -564,7 +564,8 @@ impl OpCx<'_, '_> {
         rows: usize,
     ) -> OpResult<Option<Arc<PackedConv>>> {
         let wide = |c: &Arc<Const>| matches!(c.data, ConstData::F32(_) | ConstData::Stored(_));
-        let some = matrix.0 > 0 && matrix.1 > 0 && rows >= PACK_FROM;
+        let rounded = self.arithmetic().in_bytes();
+        let some = matrix.0 > 0 && matrix.1 > 0 && rows >= PACK_FROM && !rounded;
         let Some(constant) = self.constant(w).filter(|c| some && wide(c)) else {
             return Ok(None);
         };

@@ -4,7 +4,7 @@ use super::winograd;
 use crate::conv::ConvParams;
 use crate::gemm::{Arithmetic, panel_width};
 use crate::scratch::Scratch;
-use crate::simd::has_pairs;
+
 use crate::weights::Weights;
 use half::bf16;
 
@@ -211,8 +211,8 @@ fn best_way(
     let pays = channels > FEW || cells * outputs >= LEAST_SUMS;
     match arithmetic {
         Arithmetic::InOrder => Way::Direct,
-        Arithmetic::Bf16 if pays && has_pairs() => Way::Pairs,
-        Arithmetic::F32 | Arithmetic::Bf16 => transformed,
+        _ if pays && arithmetic.in_pairs() => Way::Pairs,
+        Arithmetic::F32 | Arithmetic::Bf16 | Arithmetic::Int8 => transformed,
     }
 }
 
