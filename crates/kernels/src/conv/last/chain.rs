@@ -147,6 +147,7 @@ impl<'a> Pixels<'a> {
             columns: 1,
             steps: [0; 2],
             len: if pairs { channels.div_ceil(2) } else { channels },
+            apart: 0,
         };
         let (weights, outputs) = (conv.packed.data(), conv.packed.outputs());
         assert!(

@@ -37,6 +37,8 @@ pub(super) struct Runs {
     pub columns: usize,
     pub steps: [isize; 2],
     pub len: usize,
+    /// How far apart the windows of neighbours in a line are, 0 where it is not needed.
+    pub apart: usize,
 }
 
 impl Runs {
@@ -86,6 +88,7 @@ pub(super) fn run<const PAIRS: bool>(pool: &Pool, call: &Call<'_>, scratch: &mut
             columns: kernel_h,
             steps: [plane, params.dilation[1] as isize * line],
             len: kernel_w,
+            apart: params.stride[2],
         }
     } else {
         Runs {
@@ -96,6 +99,7 @@ pub(super) fn run<const PAIRS: bool>(pool: &Pool, call: &Call<'_>, scratch: &mut
                 params.dilation[2] as isize * steps[2],
             ],
             len: if joined { kernel_w * width } else { width },
+            apart: 0,
         }
     };
     let starts = |first: usize, starts: &mut [*const f32]| {
@@ -119,6 +123,7 @@ fn points(pool: &Pool, call: &Call<'_>, scratch: &mut Scratch) {
         columns: 1,
         steps: [0; 2],
         len: channels.div_ceil(2),
+        apart: 0,
     };
     // Chunks that differ by their outputs alone round the same pixels.
     let most = 4 * pool.threads();
@@ -481,6 +486,17 @@ impl<const PAIRS: bool> Tiles<'_, PAIRS> {
             // pixels read the weights half as often.
             let mut done = 0;
             let wide = width == 2 * S::LANES;
+            while done < starts.len() {
+                // SAFETY: as below.
+                let tile = unsafe {
+                    match self.0.product.runs.apart {
+                        1 if !PAIRS => self.neighbours::<S, 1>(s, panel, begin + done, &starts[done..], wide),
+                        2 if !PAIRS => self.neighbours::<S, 2>(s, panel, begin + done, &starts[done..], wide),
+                        _ => break,
+                    }
+                };
+                done += tile;
+            }
             if !wide || S::REGISTERS >= 32 {
                 let rest = starts.len() % TALL;
                 let last = if (1..=FEW).contains(&rest) {
@@ -519,6 +535,67 @@ impl<const PAIRS: bool> Tiles<'_, PAIRS> {
             }
             first += width;
         }
+    }
+
+    /// A tile of the first pixels, of which windows of neighbours lie `APART`; gives how many they were.
+    ///
+    /// # Safety
+    /// As [`Tiles::tile`].
+    #[inline(always)]
+    unsafe fn neighbours<S: Simd, const APART: usize>(
+        &self,
+        s: S,
+        panel: &Panel,
+        pixel: usize,
+        starts: &[*const f32],
+        wide: bool,
+    ) -> usize {
+        let in_line = |(i, start): &(usize, &*const f32)| **start == starts[0].wrapping_add(i * APART);
+        let count = starts.iter().take(TALL).enumerate().take_while(in_line).count();
+        // SAFETY: the caller's; so many windows lie evenly.
+        unsafe {
+            match (count, wide) {
+                (TALL.., false) => self.even::<S, TALL, 1, APART>(s, panel, pixel, starts[0]),
+                (TALL.., true) if S::REGISTERS >= 32 => {
+                    self.even::<S, TALL, 2, APART>(s, panel, pixel, starts[0])
+                }
+                (8.., false) => self.even::<S, 8, 1, APART>(s, panel, pixel, starts[0]),
+                (4.., false) => self.even::<S, 4, 1, APART>(s, panel, pixel, starts[0]),
+                (4.., true) => self.even::<S, 4, 2, APART>(s, panel, pixel, starts[0]),
+                _ => {
+                    let rows = &starts[..count];
+                    if wide {
+                        self.tiles::<S, 2>(s, panel, pixel, rows);
+                    } else {
+                        self.tiles::<S, 1>(s, panel, pixel, rows);
+                    }
+                    count
+                }
+            }
+        }
+    }
+
+    /// [`Tiles::tile`] of windows that lie `APART` from `first` on: addresses that differ by what is known need no registers, and rows of
+    /// few numbers no twelve sums to find them. Gives how many they were.
+    ///
+    /// # Safety
+    /// As there.
+    #[inline(always)]
+    unsafe fn even<S: Simd, const R: usize, const V: usize, const APART: usize>(
+        &self,
+        s: S,
+        panel: &Panel,
+        pixel: usize,
+        first: *const f32,
+    ) -> usize {
+        // SAFETY: the caller's.
+        let sums = unsafe { even_windows::<S, R, V, APART>(s, first, self.0.product.runs, panel.data) };
+        let (outputs, first) = (self.0.product.outputs, panel.first);
+        let there = (outputs - first).min(V * S::LANES);
+        let place = (self.0.y, pixel * self.0.line + first, self.0.line);
+        // SAFETY: these outputs exist and are this thread's.
+        unsafe { self.0.epilogue.finish(s, sums, (first, there), place) };
+        R
     }
 
     /// What is asked of memory while a panel is multiplied with `pixels` pixels: the next panel, which begins at output `first`, where
@@ -628,6 +705,59 @@ unsafe fn windows<S: Simd, const R: usize, const V: usize, const PAIRS: bool>(
     }
     panel.ahead.set(ahead);
     sums
+}
+
+/// The sums over windows that lie `APART` from `first` on, for `V` vectors of outputs.
+///
+/// # Safety
+/// As for [`windows`].
+#[inline(always)]
+unsafe fn even_windows<S: Simd, const R: usize, const V: usize, const APART: usize>(
+    s: S,
+    first: *const f32,
+    runs: Runs,
+    mut w: *const f32,
+) -> [[S::F; V]; R] {
+    let mut sums = [[s.zero(); V]; R];
+    for i in 0..runs.rows {
+        for j in 0..runs.columns {
+            let mut from = first.wrapping_offset(i as isize * runs.steps[0] + j as isize * runs.steps[1]);
+            let end = from.wrapping_add(runs.len);
+            while from != end {
+                // SAFETY: the caller's.
+                unsafe { even_step::<S, R, V, APART>(s, from, w, &mut sums) };
+                from = from.wrapping_add(1);
+                w = w.wrapping_add(V * S::LANES);
+            }
+        }
+    }
+    sums
+}
+
+/// One element of windows that lie `APART`, the first of them at `from`.
+///
+/// # Safety
+/// As for [`step_by`].
+#[inline(always)]
+unsafe fn even_step<S: Simd, const R: usize, const V: usize, const APART: usize>(
+    s: S,
+    from: *const f32,
+    w: *const f32,
+    sums: &mut [[S::F; V]; R],
+) {
+    let mut vectors = [s.zero(); V];
+    for (v, vector) in vectors.iter_mut().enumerate() {
+        // SAFETY: the caller's.
+        *vector = unsafe { s.load(w.add(v * S::LANES)) };
+    }
+    let w = vectors;
+    for r in 0..R {
+        // SAFETY: the caller's.
+        let x = s.splat(unsafe { *from.add(r * APART) });
+        for v in 0..V {
+            sums[r][v] = s.fma(x, w[v], sums[r][v]);
+        }
+    }
 }
 
 /// One element of the windows.

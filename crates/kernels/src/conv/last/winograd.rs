@@ -218,6 +218,7 @@ fn multiply<F: Form>(pool: &Pool, call: &Call<'_>, tiles: Tiles, inputs: Shared<
         columns: 1,
         steps: [0; 2],
         len: channels,
+        apart: 0,
     };
     let positions = F::SIDE * F::SIDE;
     // Where weights are the smaller part, a thread has the tiles that it transformed, at all positions; else it has positions, two
