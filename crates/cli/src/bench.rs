@@ -78,11 +78,7 @@ fn tests(args: &BenchArgs) -> Vec<Test> {
 
 pub fn run(args: &BenchArgs) -> Outcome {
     interrupt::install()?;
-    let bundle = demo::bundle(args.bundle.as_deref())?;
-    let spinner = terminal::spinner(format!("opening {}", bundle.name()));
-    let model = bundle.load(&args.engine.load_options());
-    spinner.finish_and_clear();
-    let mut model = model?;
+    let (bundle, mut model) = demo::model(args.bundle.as_deref(), &args.engine.load_options())?;
     let tests = tests(args);
     check(&tests, model.as_ref())?;
     let bar = terminal::bar("measuring", (tests.len() * (args.repetitions + 1)) as u64);

@@ -10,7 +10,7 @@ use candle_coreml_llm::{Bundle, Chat, Completion, GenerateOptions, Message, Step
 
 use crate::args::ChatArgs;
 use crate::failure::{DONE, Failure, Outcome};
-use crate::generate::{Printer, open, summary};
+use crate::generate::{Printer, summary};
 use crate::terminal::{STRONG, styled};
 use crate::{demo, interrupt, terminal};
 use editor::{Input, LineEditor};
@@ -48,9 +48,9 @@ pub fn run(args: &ChatArgs) -> Outcome {
     if at_terminal {
         interrupt::install_for_answers()?;
     }
-    let bundle = demo::bundle(args.bundle.as_deref())?;
+    let (bundle, model) = demo::model(args.bundle.as_deref(), &args.engine.load_options())?;
     let template = bundle.template()?.clone();
-    let mut chat = Chat::new(open(&bundle, &args.engine.load_options())?, template);
+    let mut chat = Chat::new(bundle.session_of(model), template);
     if let Some(system) = &args.system {
         chat.push(Message::system(system));
     }

@@ -3,7 +3,12 @@
 use std::path::Path;
 
 use bytes::Bytes;
-use candle_coreml_llm::{Bundle, Error, Files};
+use candle_coreml_llm::{Bundle, Error, Files, LanguageModel, LoadOptions};
+
+use crate::terminal;
+
+/// What the model inside is called.
+const DEMO: &str = "demo model";
 
 include!(concat!(env!("OUT_DIR"), "/demo_files.rs"));
 
@@ -11,8 +16,20 @@ include!(concat!(env!("OUT_DIR"), "/demo_files.rs"));
 pub fn bundle(path: Option<&Path>) -> Result<Bundle, Error> {
     match path {
         Some(path) => Bundle::open(path),
-        None => Bundle::from_files(Files::memory("demo model", files())),
+        None => Bundle::from_files(Files::memory(DEMO, files())),
     }
+}
+
+/// [`bundle`] and its packages, opened at once behind a spinner.
+pub fn model(path: Option<&Path>, options: &LoadOptions) -> Result<(Bundle, Box<dyn LanguageModel>), Error> {
+    let name = path.and_then(Path::file_name).unwrap_or(DEMO.as_ref());
+    let spinner = terminal::spinner(format!("opening {}", name.display()));
+    let opened = match path {
+        Some(path) => Bundle::open_model(path, options),
+        None => Bundle::model_from_files(Files::memory(DEMO, files()), options),
+    };
+    spinner.finish_and_clear();
+    opened
 }
 
 fn files() -> impl Iterator<Item = (String, Bytes)> {

@@ -22,11 +22,7 @@ pub fn run(command: &EvalCommand) -> Outcome {
 }
 
 fn open(path: Option<&Path>, engine: &EngineArgs) -> Result<(Bundle, Box<dyn LanguageModel>), Failure> {
-    let bundle = demo::bundle(path)?;
-    let spinner = terminal::spinner(format!("opening {}", bundle.name()));
-    let model = bundle.load(&engine.load_options());
-    spinner.finish_and_clear();
-    Ok((bundle, model?))
+    Ok(demo::model(path, &engine.load_options())?)
 }
 
 fn read(file: &Path) -> Result<String, Failure> {

@@ -4,7 +4,7 @@ use std::io::{self, Read, Write};
 
 use candle_coreml_llm::{
     AnswerFormat, Bundle, Completion, Error as ModelError, FinishReason, GenerateOptions, Generation,
-    Grammar, Message, Piece, Prompt, Session, Step, TemplateOptions,
+    Grammar, Message, Piece, Prompt, Step, TemplateOptions,
 };
 use serde_json::json;
 
@@ -17,10 +17,10 @@ pub fn run(args: &GenerateArgs) -> Outcome {
     let grammar = grammar(args)?;
     let prompt = read_prompt(&args.prompt)?;
     interrupt::install()?;
-    let bundle = demo::bundle(args.bundle.as_deref())?;
+    let (bundle, model) = demo::model(args.bundle.as_deref(), &args.engine.load_options())?;
     let prompt = written(&bundle, args, prompt)?;
     let ids = bundle.tokenizer().encode(&prompt.text)?;
-    let mut session = open(&bundle, &args.engine.load_options())?;
+    let mut session = bundle.session_of(model);
     let options = GenerateOptions {
         max_tokens: args.max_tokens,
         sampling: args.sampling.with(args.temperature, args.seed),
@@ -100,14 +100,6 @@ fn written(bundle: &Bundle, args: &GenerateArgs, prompt: String) -> Result<Promp
         ..TemplateOptions::default()
     };
     Ok(template.prompt(&messages, &options)?)
-}
-
-/// Opens a bundle's packages behind a spinner.
-pub fn open(bundle: &Bundle, options: &candle_coreml_llm::LoadOptions) -> Result<Session, Failure> {
-    let spinner = terminal::spinner(format!("opening {}", bundle.name()));
-    let session = bundle.session(options);
-    spinner.finish_and_clear();
-    Ok(session?)
 }
 
 /// Computes the prompt behind a bar; Ctrl-C ends it between batches.

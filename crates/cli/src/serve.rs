@@ -4,9 +4,10 @@ mod args;
 mod log;
 
 use std::io::Write;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use candle_coreml_llm::{EmbeddingModel, EmbeddingOptions};
+use candle_coreml_llm::{EmbeddingModel, EmbeddingOptions, LoadOptions};
 use candle_coreml_server::{Model, Options, Server};
 
 use args::Named;
@@ -68,8 +69,7 @@ fn open(args: &ServeArgs) -> Result<Vec<Model>, Failure> {
         let model = if EmbeddingModel::recognizes(&named.path) {
             encoder(named, args)?
         } else {
-            let bundle = demo::bundle(Some(&named.path))?;
-            Model::open(named.name.as_str(), &bundle, &load)?
+            language_model(named.name.as_str(), Some(&named.path), &load)?
         };
         models.push(model);
     }
@@ -77,10 +77,15 @@ fn open(args: &ServeArgs) -> Result<Vec<Model>, Failure> {
         models.push(encoder(named, args)?);
     }
     if models.is_empty() {
-        let bundle = demo::bundle(None)?;
-        models.push(Model::open("tales", &bundle, &load)?);
+        models.push(language_model("tales", None, &load)?);
     }
     Ok(models)
+}
+
+fn language_model(id: &str, path: Option<&Path>, load: &LoadOptions) -> Result<Model, Failure> {
+    let (bundle, model) = demo::model(path, load)?;
+    let template = bundle.template().ok().cloned();
+    Ok(Model::new(id, bundle.session_of(model), template))
 }
 
 fn encoder(named: &Named, args: &ServeArgs) -> Result<Model, Failure> {

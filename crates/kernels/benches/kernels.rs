@@ -127,12 +127,16 @@ impl Layer {
         }
     }
 
-    fn run(&mut self, pool: &Pool, copy: usize) {
+    fn run(&mut self, pool: &Pool, copy: usize, arithmetic: Arithmetic) {
         let (xs, ys) = ([self.shapes.0[1] as isize, 1], [self.shapes.1[1] as isize, 1]);
         let x = View::new(&self.x, 0, &self.shapes.0, &xs).expect("dense");
         let y = ViewMut::new(&mut self.y, 0, &self.shapes.1, &ys).expect("dense");
         let w = &self.w[copy % self.w.len()];
-        linear(pool, x, w, y, &Epilogue::default(), &mut self.scratch);
+        let epilogue = Epilogue {
+            arithmetic,
+            ..Epilogue::default()
+        };
+        linear(pool, x, w, y, &epilogue, &mut self.scratch);
     }
 }
 
@@ -146,27 +150,42 @@ const SHAPES: [(usize, usize); 6] = [
 ];
 const KINDS: [Kind; 6] = [F32, F16, Lut4, Lut6, Int8, Int4];
 
-fn layer_bench(bencher: Bencher<'_, '_>, kind: Kind, m: usize, shape: (usize, usize)) {
+fn layer_bench(
+    bencher: Bencher<'_, '_>,
+    kind: Kind,
+    m: usize,
+    shape: (usize, usize),
+    arithmetic: Arithmetic,
+) {
     let pool = Pool::shared();
     let mut layer = Layer::new(kind, m, shape);
+    if arithmetic == Arithmetic::Int8 {
+        layer.w.iter().for_each(|w| w.pack_when_used(|| {}));
+    }
     let mut copy = 0;
     // Counted in multiply-adds.
     bencher
         .counter(ItemsCount::new(m * shape.0 * shape.1))
         .bench_local(|| {
             copy += 1;
-            layer.run(&pool, copy);
+            layer.run(&pool, copy, arithmetic);
         });
 }
 
 #[divan::bench(args = SHAPES, consts = [0, 1, 2, 3, 4, 5])]
 fn matvec<const KIND: usize>(bencher: Bencher<'_, '_>, shape: (usize, usize)) {
-    layer_bench(bencher, KINDS[KIND], 1, shape);
+    layer_bench(bencher, KINDS[KIND], 1, shape, Arithmetic::F32);
 }
 
 #[divan::bench(args = SHAPES, consts = [0, 1, 2, 3, 4, 5])]
 fn gemm64<const KIND: usize>(bencher: Bencher<'_, '_>, shape: (usize, usize)) {
-    layer_bench(bencher, KINDS[KIND], 64, shape);
+    layer_bench(bencher, KINDS[KIND], 64, shape, Arithmetic::F32);
+}
+
+/// In blocks of 8-bit integers where the processor multiplies them, rounded in the first round.
+#[divan::bench(args = SHAPES)]
+fn gemm64_in_bytes(bencher: Bencher<'_, '_>, shape: (usize, usize)) {
+    layer_bench(bencher, F16, 64, shape, Arithmetic::Int8);
 }
 
 /// One layer of SmolLM2-135M.

@@ -23,7 +23,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         numerics,
         ..LoadOptions::default()
     };
-    let mut model = Bundle::open(bundle)?.load(&options)?;
+    let (_, mut model) = Bundle::open_model(bundle, &options)?;
     println!("ready");
     for line in std::io::stdin().lock().lines() {
         let line = line?;

@@ -777,9 +777,7 @@ mod tests {
             eprintln!("{} is absent: nothing is compared with it", folder.display());
             return None;
         }
-        let bundle = Bundle::open(folder).unwrap();
-        let model = bundle.load(&Default::default()).unwrap();
-        Some((bundle, model))
+        Some(Bundle::open_model(folder, &Default::default()).unwrap())
     }
 
     #[test]

@@ -7,10 +7,12 @@ mod meta;
 mod model_config;
 mod parts;
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use candle_coreml::{ComputeUnits, CoreMLModelBuilder, EngineKind, Numerics, Source};
 use candle_coreml_mil as mil;
 
@@ -79,28 +81,8 @@ impl Bundle {
     /// [`Error::MissingFile`] and [`Error::MissingPart`] with what is not there, [`Error::Malformed`] with what cannot
     /// be read, [`Error::Unsupported`] for layouts this version does not run.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, Error> {
-        let path = path.as_ref();
-        let metadata = std::fs::metadata(path);
-        let metadata = metadata.map_err(|source| Error::Read {
-            file: path.display().to_string(),
-            source,
-        })?;
-        if metadata.is_dir() {
-            return Self::from_files(Files::directory(path));
-        }
-        let json = path.extension().is_some_and(|ending| ending == "json");
-        let config = path.file_name().and_then(|name| name.to_str()).filter(|_| json);
-        let Some(config) = config else {
-            let reason =
-                "a bundle is a folder with tokenizer.json and packages, or a ModelConfig JSON in it; this is another file"
-                    .to_owned();
-            return Err(Error::Malformed {
-                file: path.display().to_string(),
-                reason,
-            });
-        };
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-        Self::read(Files::directory(folder.unwrap_or(Path::new("."))), Some(config))
+        let (files, config) = located(path.as_ref())?;
+        Unread::find(files, config.as_deref())?.read()
     }
 
     /// Reads files from wherever they are.
@@ -108,35 +90,31 @@ impl Bundle {
     /// # Errors
     /// As [`Bundle::open`].
     pub fn from_files(files: Files) -> Result<Self, Error> {
-        Self::read(files, None)
+        Unread::find(files, None)?.read()
     }
 
-    fn read(files: Files, config: Option<&str>) -> Result<Self, Error> {
-        let meta = match files.read("meta.yaml")? {
-            Some(text) => Some(Meta::parse(&files.full_name("meta.yaml"), &text)?),
-            None => None,
-        };
-        let layout = Layout::find(&files, meta.as_ref(), config, |package| {
-            Ok(open_description(&files, package)?.description().clone())
-        })?;
-        let configs = Configs::read(&files)?;
-        let json = files.read("tokenizer.json")?.ok_or_else(|| Error::MissingFile {
-            bundle: files.name(),
-            file: "tokenizer.json".to_owned(),
-            purpose: "vocabulary and rules of the text",
-        })?;
-        let tokenizer = Arc::new(Tokenizer::parse(&files.full_name("tokenizer.json"), &json)?);
-        let template = read_template(&configs)?.map(Arc::new);
-        let end_tokens = end_tokens(&configs, &tokenizer, template.as_deref()).into();
-        Ok(Bundle {
-            files,
-            meta: meta.unwrap_or_default(),
-            configs,
-            tokenizer,
-            template,
-            layout,
-            end_tokens,
-        })
+    /// [`Bundle::open`] and [`Bundle::load`] together: packages are opened beside each other while the tokenizer is read, which takes as
+    /// long as they do.
+    ///
+    /// # Errors
+    /// As those two.
+    pub fn open_model(
+        path: impl AsRef<Path>,
+        options: &LoadOptions,
+    ) -> Result<(Self, Box<dyn LanguageModel>), Error> {
+        let (files, config) = located(path.as_ref())?;
+        Unread::find(files, config.as_deref())?.read_and_load(options)
+    }
+
+    /// [`Bundle::open_model`] for files from wherever they are.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn model_from_files(
+        files: Files,
+        options: &LoadOptions,
+    ) -> Result<(Self, Box<dyn LanguageModel>), Error> {
+        Unread::find(files, None)?.read_and_load(options)
     }
 
     /// A hash (SHA-256, hexadecimal) of every file of its packages: what a saved conversation belongs to. Reads them all.
@@ -160,7 +138,15 @@ impl Bundle {
     /// # Errors
     /// [`Error::Engine`] when a package cannot be opened or run, [`Error::Wiring`] when packages do not fit each other.
     pub fn load(&self, options: &LoadOptions) -> Result<Box<dyn LanguageModel>, Error> {
-        let model: Box<dyn LanguageModel> = match self.assemble(|file| self.open_part(file, options))? {
+        self.load_parts(|file| open_part(&self.files, file, options))
+    }
+
+    /// Wires the parts that `open` gives.
+    fn load_parts(
+        &self,
+        open: impl Fn(&str) -> Result<CoreMlPart, Error>,
+    ) -> Result<Box<dyn LanguageModel>, Error> {
+        let model: Box<dyn LanguageModel> = match self.assemble(open)? {
             Assembled::Functions(model) => Box::new(model),
             Assembled::Stateful(model) => Box::new(model),
             Assembled::Stateless(model) => Box::new(model),
@@ -305,11 +291,12 @@ impl Bundle {
     /// # Errors
     /// As [`Bundle::load`].
     pub fn session(&self, options: &LoadOptions) -> Result<Session, Error> {
-        Ok(Session::new(
-            self.load(options)?,
-            Arc::clone(&self.tokenizer),
-            Arc::clone(&self.end_tokens),
-        ))
+        Ok(self.session_of(self.load(options)?))
+    }
+
+    /// Starts a conversation with a model that was opened from it ([`Bundle::open_model`]).
+    pub fn session_of(&self, model: Box<dyn LanguageModel>) -> Session {
+        Session::new(model, Arc::clone(&self.tokenizer), Arc::clone(&self.end_tokens))
     }
 
     /// The model's name, or the folder's.
@@ -374,31 +361,139 @@ impl Bundle {
                 .version()
                 .is_some_and(|version| version < SAYS_WHETHER_PREFILL_IS_VALID)
     }
+}
 
-    fn open_part(&self, file: &str, options: &LoadOptions) -> Result<CoreMlPart, Error> {
-        let builder = match (self.files.path(), self.files.below(file)) {
-            (None, Some(inside)) => {
-                let rooted: BTreeMap<_, _> = inside
-                    .into_iter()
-                    .map(|(path, bytes)| (format!("{file}/{path}"), bytes))
-                    .collect();
-                CoreMLModelBuilder::from_source(Source::memory(rooted), file)
-            }
-            (path, _) => CoreMLModelBuilder::new(path.unwrap_or(Path::new("")).join(file)),
+/// Opens a package with an engine.
+fn open_part(files: &Files, file: &str, options: &LoadOptions) -> Result<CoreMlPart, Error> {
+    let builder = match (files.path(), files.below(file)) {
+        (None, Some(inside)) => {
+            let rooted: BTreeMap<_, _> = inside
+                .into_iter()
+                .map(|(path, bytes)| (format!("{file}/{path}"), bytes))
+                .collect();
+            CoreMLModelBuilder::from_source(Source::memory(rooted), file)
+        }
+        (path, _) => CoreMLModelBuilder::new(path.unwrap_or(Path::new("")).join(file)),
+    };
+    let model = builder
+        .engine(options.engine)
+        .compute_units(options.compute_units)
+        .numerics(options.numerics)
+        // Hidden states pass from part to part: rounding them to fp16 at each border changes close decisions.
+        .wide(true)
+        .threads(options.threads)
+        .load()
+        .map_err(|e| Error::Engine {
+            part: files.full_name(file),
+            source: Box::new(e),
+        })?;
+    Ok(CoreMlPart::new(file, model))
+}
+
+/// The folder that a path names, and the `ModelConfig` in it, where that is what it names.
+fn located(path: &Path) -> Result<(Files, Option<String>), Error> {
+    let metadata = std::fs::metadata(path).map_err(|source| Error::Read {
+        file: path.display().to_string(),
+        source,
+    })?;
+    if metadata.is_dir() {
+        return Ok((Files::directory(path), None));
+    }
+    let json = path.extension().is_some_and(|ending| ending == "json");
+    let config = path.file_name().and_then(|name| name.to_str()).filter(|_| json);
+    let Some(config) = config else {
+        let reason =
+            "a bundle is a folder with tokenizer.json and packages, or a ModelConfig JSON in it; this is another file"
+                .to_owned();
+        return Err(Error::Malformed {
+            file: path.display().to_string(),
+            reason,
+        });
+    };
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let files = Files::directory(folder.unwrap_or(Path::new(".")));
+    Ok((files, Some(config.to_owned())))
+}
+
+/// A bundle whose tokenizer is not read yet.
+struct Unread {
+    files: Files,
+    meta: Option<Meta>,
+    configs: Configs,
+    layout: Layout,
+    tokenizer: Bytes,
+}
+
+impl Unread {
+    fn find(files: Files, config: Option<&str>) -> Result<Self, Error> {
+        let meta = match files.read("meta.yaml")? {
+            Some(text) => Some(Meta::parse(&files.full_name("meta.yaml"), &text)?),
+            None => None,
         };
-        let model = builder
-            .engine(options.engine)
-            .compute_units(options.compute_units)
-            .numerics(options.numerics)
-            // Hidden states pass from part to part: rounding them to fp16 at each border changes close decisions.
-            .wide(true)
-            .threads(options.threads)
-            .load()
-            .map_err(|e| Error::Engine {
-                part: self.files.full_name(file),
-                source: Box::new(e),
+        let layout = Layout::find(&files, meta.as_ref(), config, |package| {
+            Ok(open_description(&files, package)?.description().clone())
+        })?;
+        let configs = Configs::read(&files)?;
+        let tokenizer = files.read("tokenizer.json")?.ok_or_else(|| Error::MissingFile {
+            bundle: files.name(),
+            file: "tokenizer.json".to_owned(),
+            purpose: "vocabulary and rules of the text",
+        })?;
+        Ok(Unread {
+            files,
+            meta,
+            configs,
+            layout,
+            tokenizer,
+        })
+    }
+
+    fn read(self) -> Result<Bundle, Error> {
+        let Unread {
+            files,
+            meta,
+            configs,
+            layout,
+            tokenizer,
+        } = self;
+        let tokenizer = Arc::new(Tokenizer::parse(&files.full_name("tokenizer.json"), &tokenizer)?);
+        let template = read_template(&configs)?.map(Arc::new);
+        let end_tokens = end_tokens(&configs, &tokenizer, template.as_deref()).into();
+        Ok(Bundle {
+            files,
+            meta: meta.unwrap_or_default(),
+            configs,
+            tokenizer,
+            template,
+            layout,
+            end_tokens,
+        })
+    }
+
+    /// Reads it while threads open its packages. What the tokenizer or a template lacks is said first.
+    fn read_and_load(self, options: &LoadOptions) -> Result<(Bundle, Box<dyn LanguageModel>), Error> {
+        let (files, layout) = (self.files.clone(), self.layout.clone());
+        std::thread::scope(|scope| {
+            let opening = layout.packages().into_iter().map(|package| {
+                let files = &files;
+                (package, scope.spawn(move || open_part(files, package, options)))
+            });
+            let opening: Vec<_> = opening.collect();
+            let bundle = self.read();
+            let mut parts = BTreeMap::new();
+            for (package, thread) in opening {
+                let part = thread
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                parts.insert(package, part);
+            }
+            let (bundle, parts) = (bundle?, RefCell::new(parts));
+            let model = bundle.load_parts(|file| {
+                let opened = parts.borrow_mut().remove(file);
+                opened.unwrap_or_else(|| open_part(&files, file, options))
             })?;
-        Ok(CoreMlPart::new(file, model))
+            Ok((bundle, model))
+        })
     }
 }
 
@@ -465,7 +560,6 @@ fn closing_token(template: &ChatTemplate, tokenizer: &Tokenizer) -> Option<u32> 
 mod tests {
     use super::*;
     use crate::tokenizer::tests::bytes_tokenizer_json;
-    use bytes::Bytes;
 
     fn files(more: &[(&str, &str)]) -> Files {
         let packages = ["x_embeddings", "x_FFN_PF_chunk_01of01", "x_lm_head"];
@@ -501,6 +595,25 @@ mod tests {
                 "{more:?}"
             );
         }
+    }
+
+    #[test]
+    fn what_is_opened_at_once_says_what_each_part_says() {
+        let options = LoadOptions::default();
+        let error = |files: Files| {
+            let opened = Bundle::model_from_files(files, &options);
+            opened.err().expect("nothing to open").to_string()
+        };
+        // Packages without a model: the first that is wired is named, whichever thread was first.
+        let apart = Bundle::from_files(files(&[])).unwrap().load(&options);
+        let apart = apart.err().expect("nothing to open").to_string();
+        assert_eq!(error(files(&[])), apart);
+        assert!(apart.contains("x_embeddings"), "{apart}");
+        let bad = files(&[("tokenizer.json", "{")]);
+        assert_eq!(
+            error(bad.clone()),
+            Bundle::from_files(bad).unwrap_err().to_string()
+        );
     }
 
     #[test]
