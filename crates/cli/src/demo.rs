@@ -12,15 +12,7 @@ const DEMO: &str = "demo model";
 
 include!(concat!(env!("OUT_DIR"), "/demo_files.rs"));
 
-/// The bundle at `path`, or the demo model.
-pub fn bundle(path: Option<&Path>) -> Result<Bundle, Error> {
-    match path {
-        Some(path) => Bundle::open(path),
-        None => Bundle::from_files(Files::memory(DEMO, files())),
-    }
-}
-
-/// [`bundle`] and its packages, opened at once behind a spinner.
+/// The bundle at `path`, or the demo model, and its packages, opened at once behind a spinner.
 pub fn model(path: Option<&Path>, options: &LoadOptions) -> Result<(Bundle, Box<dyn LanguageModel>), Error> {
     let name = path.and_then(Path::file_name).unwrap_or(DEMO.as_ref());
     let spinner = terminal::spinner(format!("opening {}", name.display()));
@@ -44,7 +36,7 @@ mod tests {
 
     #[test]
     fn the_demo_model_is_whole() {
-        let bundle = bundle(None).unwrap();
+        let (bundle, _) = model(None, &LoadOptions::default()).unwrap();
         assert_eq!(bundle.context_tokens(), Some(512));
         assert!(bundle.template().is_ok() && !bundle.end_tokens().is_empty());
         assert!(FILES.iter().any(|(name, _)| *name == "MODEL_CARD.md"));
