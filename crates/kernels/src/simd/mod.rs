@@ -470,9 +470,10 @@ pub(crate) fn has_pairs() -> bool {
 /// in a cycle (measured on one of the fifth generation), others twice as many.
 pub(crate) fn pairs_pay() -> bool {
     #[cfg(target_arch = "x86_64")]
-    return has_pairs() && (cfg!(test) || !x86::is_intel() || crate::tiles::unit().is_some());
+    let fast = cfg!(test) || !x86::is_intel() || crate::tiles::unit().is_some();
     #[cfg(not(target_arch = "x86_64"))]
-    false
+    let fast = true;
+    has_pairs() && fast
 }
 
 /// Whether this processor multiplies bytes in one instruction: [`dispatch_bytes`] pays.
