@@ -248,7 +248,7 @@ impl Weights {
 
     /// Lets fp16 and fp32 numbers be packed into fewer bits when they are products time and again: those that were bf16 for few tokens,
     /// without loss, where memory is what products wait for (x86-64); all of them to 8-bit integers for many tokens in
-    /// [`Arithmetic::Bf16`](crate::Arithmetic::Bf16). `packed` is called when the data given is not read any longer, as far as it can be
+    /// [`Arithmetic::Int8`](crate::Arithmetic::Int8). `packed` is called when the data given is not read any longer, as far as it can be
     /// known: a file's pages may leave memory then. Without effect a second time.
     pub fn pack_when_used(&self, packed: impl Fn() + Send + Sync + 'static) {
         let floats = matches!(self.storage(), Storage::F32(_) | Storage::F16(_));
@@ -267,7 +267,8 @@ impl Weights {
             return;
         };
         let uses = packing.uses.fetch_add(1, Ordering::Relaxed);
-        if uses == PACK_AFTER.start + turn && self.bytes() >= PACK_BYTES && packing_pays() {
+        let large = Read::of(self).bytes() >= PACK_BYTES;
+        if uses == PACK_AFTER.start + turn && large && packing_pays() {
             self.pack(pool);
             if let Some(up) = up.filter(|up| up.0.packing.wanted.get().is_some()) {
                 up.pack(pool);

@@ -4,7 +4,6 @@ use super::winograd;
 use crate::conv::ConvParams;
 use crate::gemm::{Arithmetic, panel_width};
 use crate::scratch::Scratch;
-
 use crate::weights::Weights;
 use half::bf16;
 
